@@ -1,0 +1,1 @@
+"""Project the refusal direction out of a checkpoint, exactly, and prove it."""

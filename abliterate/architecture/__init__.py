@@ -1,0 +1,1 @@
+"""Which tensors write to the residual stream, and how."""

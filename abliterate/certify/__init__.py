@@ -1,0 +1,1 @@
+"""Measured proof that the stored weights leave nothing along the direction."""

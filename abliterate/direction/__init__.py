@@ -1,0 +1,1 @@
+"""Hidden states to directions: means, scores, selection."""

@@ -1,0 +1,1 @@
+"""A direction and a writer to an edited tensor."""

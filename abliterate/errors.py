@@ -1,0 +1,33 @@
+"""One small hierarchy of errors; the command line turns each into one line and exit code 1."""
+
+
+class AbliterateError(Exception):
+    """Something the user can act on. The message is one line: what is wrong, and what to do."""
+
+
+class CheckpointError(AbliterateError):
+    """The files of a checkpoint are missing, damaged, forged, or of a kind that is not handled."""
+
+
+class ArchitectureError(AbliterateError):
+    """The residual writers of this model type are not known, or not all accounted for."""
+
+
+class RecipeError(AbliterateError):
+    """A recipe names an unknown key or a value out of range."""
+
+
+class CalibrationError(AbliterateError):
+    """The calibration set or the chat template cannot be used."""
+
+
+class SelectionError(AbliterateError):
+    """No direction can be picked."""
+
+
+class EditError(AbliterateError):
+    """A direction cannot be projected out of a tensor."""
+
+
+class OutputError(AbliterateError):
+    """The output folder cannot be used, or writing to it failed."""

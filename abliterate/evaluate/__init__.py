@@ -1,0 +1,1 @@
+"""What the saved files do: refusals, over-refusal, KL, loss."""

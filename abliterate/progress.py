@@ -1,0 +1,44 @@
+"""Progress bars on stderr: shown on a terminal, silent when piped or when the user asks for quiet."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+class Advance(Protocol):
+    """Moves a bar forward by `amount` of its unit."""
+
+    def __call__(self, amount: int = 1, /) -> object: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Makes progress bars. `enabled` None shows them only where stderr is a terminal; False never."""
+
+    enabled: bool | None = None
+
+    @contextmanager
+    def bar(self, description: str, total: int, unit: str = "it") -> Iterator[Advance]:
+        """A bar of `total` units (bytes when `unit` is "B"); yields the function that advances it."""
+        hidden = None if self.enabled is None else not self.enabled
+        scale = unit == "B"
+        with tqdm(
+            total=total, desc=description, unit=unit, unit_scale=scale, unit_divisor=1024 if scale else 1000,
+            disable=hidden, leave=False, dynamic_ncols=True,
+        ) as bar:
+            yield bar.update
+
+    def track(self, items: Iterable[T], description: str, total: int, unit: str = "it") -> Iterator[T]:
+        """Yields the items, advancing a bar by one after each."""
+        with self.bar(description, total, unit) as advance:
+            for item in items:
+                yield item
+                advance(1)
+
+
+SILENT = Progress(enabled=False)

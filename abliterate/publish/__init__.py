@@ -1,0 +1,1 @@
+"""Manifest, model card and plots."""
