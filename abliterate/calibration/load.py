@@ -1,0 +1,151 @@
+"""From a checkpoint folder to a model in memory, with nothing missing and nothing made up."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from abliterate.architecture.writer import Plan
+from abliterate.calibration.hooks import Stream
+from abliterate.calibration.model import ResidentModel
+from abliterate.errors import AbliterateError, ArchitectureError, CalibrationError, CheckpointError
+
+log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then the CPU; a device that is not there is an error."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    if not available.get(name.partition(":")[0], False):
+        raise AbliterateError(f"device {name} is not available here; use --device auto or cpu")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """`auto` computes in the stored dtype where the device is fast at it, else in float32."""
+    if name != "auto":
+        return DTYPES[name]
+    half = stored in (torch.bfloat16, torch.float16)
+    fast = device.type != "cpu" or (stored == torch.bfloat16 and _cpu_has_bfloat16())
+    return stored if half and fast else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    capabilities = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return bool(native) and "AVX512" in capabilities
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' own progress bars out of ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CalibrationError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CalibrationError(f"no usable tokenizer in {folder}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_resident(
+    folder: Path,
+    plan: Plan,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
+    tied_head: bool = False,
+    tokenizer: Any = None,
+) -> ResidentModel:
+    """Loads the whole model.
+
+    Args:
+        folder: the checkpoint.
+        plan: its residual writers.
+        batch_size: prompts a forward pass; None takes 16 on a CPU and 32 elsewhere.
+        tied_head: ablations also reach the head, as they do when a tied embedding is edited.
+        tokenizer: None loads the checkpoint's own.
+
+    Raises:
+        CheckpointError: weights are missing, unexpected, or of the wrong shape.
+    """
+    model = _load(folder, device, dtype, trust_remote_code)
+    stream = find_stream(model, plan, tied_head)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(folder, trust_remote_code)
+    size = batch_size or (16 if device.type == "cpu" else 32)
+    return ResidentModel(model, tokenizer, stream, model.get_output_embeddings(), size)
+
+
+def _load(folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    with quiet_transformers():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise CheckpointError(f"transformers {transformers.__version__} cannot load {folder}: {_first_line(error)}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report.get(kind):
+            names = ", ".join(sorted(map(str, report[kind]))[:3])
+            raise CheckpointError(f"{folder} does not fill its own model: {kind.replace('_', ' ')} {names}")
+    if report.get("unexpected_keys"):
+        log.warning("%s holds %d tensors that transformers does not use", folder, len(report["unexpected_keys"]))
+    return model.eval().requires_grad_(False).to(device)
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The module that a tensor's on-disk name without its last part stands for, whatever prefix the file uses."""
+    modules = dict(model.named_modules())
+    if name in modules:
+        return modules[name]
+    matches = [full for full in modules if full.endswith(f".{name}")]
+    if len(matches) != 1:
+        raise ArchitectureError(f"cannot tell which module {name} is in {type(model).__name__}: {matches[:3]}")
+    return modules[matches[0]]
+
+
+def find_stream(model: nn.Module, plan: Plan, tied_head: bool = False) -> Stream:
+    """The modules that the plan's writers and layers stand for.
+
+    Raises:
+        ArchitectureError: a name of the plan has no module, or the layers are not as many as the config says.
+    """
+    names: dict[str, None] = {}
+    for writer in plan.writers:
+        source = writer.gain.tensor if writer.gain else writer.tensor
+        names[source.rpartition(".")[0]] = None
+    layers = find_module(model, plan.layers_prefix)
+    if not isinstance(layers, nn.ModuleList) or len(layers) != plan.num_layers:
+        raise ArchitectureError(f"{plan.layers_prefix} is not a list of {plan.num_layers} layers")
+    head: Any = model.get_output_embeddings() if tied_head else None  # type: ignore[operator]
+    writers: Sequence[nn.Module] = [find_module(model, name) for name in names]
+    return Stream(tuple(writers), tuple(names), tuple(layers), plan.hidden_size, head)

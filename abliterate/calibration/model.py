@@ -1,0 +1,185 @@
+"""A language model in memory: logits at the last position, hidden states at chosen ones, greedy completions.
+
+Prompts are padded on the right for forward passes (a causal model never looks at the padding, and positions need no
+correction) and on the left for generation.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from abliterate.calibration.hooks import Steer, Stream, first_tensor, on_input, steered
+from abliterate.progress import SILENT, Progress
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass gave.
+
+    Attributes:
+        rows: index of each row in the list that was asked for.
+        logits: [rows, vocabulary] float32 at the last position.
+        hidden: [rows, positions, layers, hidden] float32, the input of every layer at positions -P..-1; None unless
+            asked for.
+    """
+
+    rows: list[int]
+    logits: Tensor
+    hidden: Tensor | None
+
+
+def pad(prompts: Sequence[Tokens], device: torch.device, left: bool = False) -> dict[str, Tensor]:
+    """Token ids and attention mask, both [prompts, longest], on `device`."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(prompts):
+        where = slice(width - len(tokens), width) if left else slice(0, len(tokens))
+        ids[row, where] = torch.tensor(list(tokens), dtype=torch.long)
+        mask[row, where] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+@contextmanager
+def capture_inputs(layers: Sequence[nn.Module], where: Tensor) -> Iterator[list[Tensor]]:
+    """Collects the input of each layer at `where` [rows, positions]: a list of [rows, positions, hidden]."""
+    taken: list[Tensor] = []
+    rows = torch.arange(len(where))[:, None]
+
+    def keep(hidden: Tensor) -> Tensor:
+        taken.append(hidden[rows, where].float().cpu())
+        return hidden
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(on_input(layer, keep))
+        yield taken
+
+
+@dataclass(frozen=True)
+class ResidentModel:
+    """A causal language model whose weights are all in memory.
+
+    Attributes:
+        model: the transformers model, in evaluation mode.
+        tokenizer: its tokenizer.
+        stream: where its residual stream can be reached.
+        head: the output embedding.
+        batch_size: prompts a forward pass.
+    """
+
+    model: Any
+    tokenizer: Any
+    stream: Stream
+    head: nn.Module
+    batch_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def batches(self, prompts: Sequence[Tokens]) -> Iterator[list[int]]:
+        """Indices of prompts, similar lengths together, so that little is spent on padding."""
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
+    @contextmanager
+    def last_position_only(self, lengths: Tensor) -> Iterator[None]:
+        """The head sees each row's last token only: the vocabulary at every position would fill memory."""
+        rows = torch.arange(len(lengths))
+        with on_input(self.head, lambda hidden: hidden[rows, lengths - 1][:, None]):
+            yield
+
+    def logits(self, prompts: Sequence[Tokens]) -> Tensor:
+        """One batch: logits [prompts, vocabulary] float32 at the last position."""
+        lengths = torch.tensor([len(tokens) for tokens in prompts])
+        with self.last_position_only(lengths):
+            output = self.model(**pad(prompts, self.device), use_cache=False)
+        last: Tensor = output.logits[:, -1].float()
+        return last
+
+    def forward(
+        self,
+        prompts: Sequence[Tokens],
+        steers: Sequence[Steer] | None = None,
+        positions: int = 0,
+        progress: Progress = SILENT,
+        description: str = "forward",
+    ) -> Iterator[Batch]:
+        """Runs every prompt once, batch by batch; each batch says which prompts it holds.
+
+        Args:
+            prompts: token ids.
+            steers: one intervention a prompt; None leaves the model alone.
+            positions: P, how many positions from the end to keep the layers' inputs at.
+            progress: where the bar goes, titled `description`.
+        """
+        with progress.bar(description, len(prompts), "prompt") as advance:
+            for rows in self.batches(prompts):
+                yield self._run(rows, [prompts[i] for i in rows], [steers[i] for i in rows] if steers else [], positions)
+                advance(len(rows))
+
+    @torch.inference_mode()
+    def _run(self, rows: list[int], prompts: Sequence[Tokens], steers: Sequence[Steer], positions: int) -> Batch:
+        lengths = torch.tensor([len(tokens) for tokens in prompts])
+        where = lengths[:, None] + torch.arange(-positions, 0)[None]
+        with ExitStack() as stack:
+            stack.enter_context(steered(self.stream, steers))
+            layers = self.stream.layers if positions else ()
+            taken = stack.enter_context(capture_inputs(layers, where))
+            logits = self.logits(prompts)
+        return Batch(rows, logits, torch.stack(taken, dim=2) if positions else None)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Tokens],
+        max_new_tokens: int,
+        progress: Progress = SILENT,
+        description: str = "generate",
+    ) -> list[list[int]]:
+        """Greedy completions, token ids without the prompt and without what follows the end token."""
+        completions: list[list[int]] = [[] for _ in prompts]
+        with progress.bar(description, len(prompts), "prompt") as advance:
+            for rows in self.batches(prompts):
+                inputs = pad([prompts[i] for i in rows], self.device, left=True)
+                output = self.model.generate(**inputs, generation_config=self._greedy(max_new_tokens))
+                for row, tokens in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                    completions[row] = self._until_end(tokens)
+                advance(len(rows))
+        return completions
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Ids that end a completion, as the checkpoint's generation config or its tokenizer names them."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        found = configured if configured is not None else self.tokenizer.eos_token_id
+        ids = found if isinstance(found, list | tuple) else [found]
+        return tuple(int(token) for token in ids if token is not None)
+
+    def _greedy(self, max_new_tokens: int) -> GenerationConfig:
+        """Plain greedy decoding: a checkpoint's own sampling settings or penalties would blur the comparison."""
+        ends = list(self.end_tokens)
+        padding = ends[0] if ends else 0
+        return GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=padding
+        )
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        stops = [tokens.index(end) for end in self.end_tokens if end in tokens]
+        return tokens[: min(stops)] if stops else tokens
+
+    def decode(self, tokens: Tokens) -> str:
+        """The text of a completion."""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text.strip()

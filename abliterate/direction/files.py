@@ -1,0 +1,71 @@
+"""Direction files: safetensors with the pick as `direction` [hidden], the candidate grid and the scores beside it."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from abliterate.direction.means import Directions
+from abliterate.direction.selection import Candidate
+from abliterate.errors import CalibrationError
+
+
+def direction_bytes(
+    direction: Tensor,
+    directions: Directions | None = None,
+    candidates: Sequence[Candidate] = (),
+    metadata: Mapping[str, object] | None = None,
+) -> bytes:
+    """The file's bytes.
+
+    Tensors: `direction` [hidden] fp32, unit norm; and where there is a grid: `directions` [positions, layers, hidden]
+    fp32 (differences of means, row p is position p - positions), `bypass`, `induce` and `kl` [positions, layers] fp32
+    (NaN where not measured).
+    """
+    tensors = {"direction": direction.float().contiguous()}
+    if directions is not None:
+        tensors["directions"] = directions.grid.contiguous()
+        for name in ("bypass", "induce", "kl"):
+            tensors[name] = _score_grid(directions, candidates, name)
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    return save(tensors, {"format": "pt", **text})
+
+
+def _score_grid(directions: Directions, candidates: Sequence[Candidate], name: str) -> Tensor:
+    positions, layers = directions.grid.shape[:2]
+    grid = torch.full((positions, layers), math.nan)
+    for candidate in candidates:
+        value = getattr(candidate, name)
+        if value is not None:
+            grid[positions + candidate.position, candidate.layer] = value
+    return grid
+
+
+def load_direction(path: Path, hidden_size: int) -> Tensor:
+    """The unit direction [hidden] fp32 in a file's tensor `direction`.
+
+    Raises:
+        CalibrationError: no such file or tensor, the wrong width, zero, or not finite.
+    """
+    if not path.is_file():
+        raise CalibrationError(f"no direction file {path}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(f"{path} is not a safetensors file: {error}") from error
+    if "direction" not in tensors:
+        raise CalibrationError(f"{path} has no tensor named direction; it has {', '.join(sorted(tensors)[:5]) or 'none'}")
+    direction = tensors["direction"].double().squeeze()
+    if direction.shape != (hidden_size,):
+        raise CalibrationError(
+            f"{path}: direction has shape {list(tensors['direction'].shape)}, but this model's hidden size is {hidden_size}"
+        )
+    norm = float(direction.norm())
+    if not math.isfinite(norm) or norm == 0:
+        raise CalibrationError(f"{path}: direction is {'zero' if norm == 0 else 'not finite'}")
+    return (direction / norm).float()

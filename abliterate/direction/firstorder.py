@@ -1,0 +1,69 @@
+"""A first-order estimate of every candidate's bypass score, from one backward pass.
+
+Ablating r takes (o . r) r out of the output o of every residual writer, so to first order the refusal score s changes by
+-sum over writers and tokens of (grad_o s . r)(o . r). Outputs and gradients do not depend on r: all candidates share them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abliterate.calibration.hooks import first_tensor, replace_first
+from abliterate.calibration.model import ResidentModel, Tokens
+from abliterate.direction.score import refusal_score
+from abliterate.progress import SILENT, Progress
+
+
+@contextmanager
+def _with_gradients(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collects the modules' outputs as nodes of the gradient graph."""
+    outputs: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = first_tensor(output)
+        node = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+        outputs.append(node)
+        return replace_first(output, node)
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield outputs
+
+
+def first_order_bypass(
+    model: ResidentModel,
+    prompts: Sequence[Tokens],
+    refusal_tokens: Sequence[int],
+    units: Tensor,
+    progress: Progress = SILENT,
+) -> Tensor:
+    """Estimated mean refusal score with each direction ablated.
+
+    Args:
+        units: [candidates, hidden] unit directions.
+
+    Returns:
+        [candidates] fp64.
+    """
+    total = torch.zeros(len(units), dtype=torch.float64)
+    with progress.bar("first-order screen", len(prompts), "prompt") as advance:
+        for rows in model.batches(prompts):
+            total += _batch([prompts[i] for i in rows], model, refusal_tokens, units.to(model.device))
+            advance(len(rows))
+    return total / len(prompts)
+
+
+def _batch(prompts: Sequence[Tokens], model: ResidentModel, refusal_tokens: Sequence[int], units: Tensor) -> Tensor:
+    with torch.enable_grad(), _with_gradients(model.stream.writers) as outputs:
+        score = refusal_score(model.logits(prompts), refusal_tokens).sum()
+        gradients = torch.autograd.grad(score, outputs, allow_unused=True)
+    change = torch.zeros(len(units), dtype=torch.float64)
+    for output, gradient in zip(outputs, gradients, strict=True):
+        if gradient is not None:
+            along = (gradient.float() @ units.T) * (output.detach().float() @ units.T)
+            change -= along.flatten(0, -2).double().sum(0).cpu()
+    return change + score.detach().double().cpu()

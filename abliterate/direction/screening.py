@@ -1,0 +1,110 @@
+"""Selection at a fraction of the forward passes: a first-order screen, then successive halving on growing subsets.
+
+The survivors are measured on every validation prompt and judged by the exact rule, so the screen can only lose the
+exhaustive pick by dropping it early; each round keeps the best by the strict rule and the best by the relaxed one.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from abliterate.direction.firstorder import first_order_bypass
+from abliterate.direction.scoring import Key, ScoreSheet
+from abliterate.direction.selection import Candidate, Choice, Thresholds, layer_allowed, select
+from abliterate.progress import SILENT, Progress
+
+log = logging.getLogger(__name__)
+# (prompts of each set, share of the eligible candidates that goes into the round)
+ROUNDS = ((4, 0.5), (8, 0.2), (16, 0.1))
+FINALISTS = 6
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A choice with what it cost.
+
+    Attributes:
+        method: "screened" or "exhaustive".
+        passes: prompts that went through the model; `exhaustive_passes`: how many the exhaustive search takes.
+        baseline_harmful, baseline_harmless: the untouched model's mean refusal scores on validation.
+    """
+
+    choice: Choice
+    method: str
+    passes: int
+    exhaustive_passes: int
+    baseline_harmful: float
+    baseline_harmless: float
+
+
+def choose_direction(
+    sheet: ScoreSheet, thresholds: Thresholds, exhaustive: bool = False, progress: Progress = SILENT
+) -> Selection:
+    """Measures the candidates and applies the rule.
+
+    Raises:
+        SelectionError: nothing passes and nothing may be relaxed.
+    """
+    positions, layers = sheet.directions.grid.shape[:2]
+    grid = [(p, layer) for p in range(-positions, 0) for layer in range(layers)]
+    eligible = [key for key in grid if layer_allowed(key[1], layers, thresholds)]
+    each = len(sheet.data.harmful) + 2 * len(sheet.data.harmless)
+    finalists = eligible if exhaustive else _screen(sheet, eligible, thresholds, progress)
+    most = max(len(sheet.data.harmful), len(sheet.data.harmless))
+    for measure in (sheet.measure_bypass, sheet.measure_kl, sheet.measure_induce):
+        measure(finalists, most, progress)
+    complete = set(finalists)
+    choice = select(
+        [sheet.candidate(key) if key in complete else _unfinished(sheet.candidate(key)) for key in grid],
+        layers, thresholds,
+    )
+    return Selection(
+        choice, "exhaustive" if exhaustive else "screened", sheet.passes, each * len(eligible), *sheet.baseline_scores()
+    )
+
+
+def _unfinished(candidate: Candidate) -> Candidate:
+    """Means over a subset may not be judged beside means over all: without the induce score nothing passes."""
+    return Candidate(candidate.position, candidate.layer, candidate.bypass, None, candidate.kl, candidate.prompts)
+
+
+def _screen(sheet: ScoreSheet, keys: Sequence[Key], thresholds: Thresholds, progress: Progress) -> list[Key]:
+    """The finalists."""
+    if len(keys) <= FINALISTS:
+        return list(keys)
+    units = torch.stack([sheet.directions.unit(*key) for key in keys])
+    estimate = first_order_bypass(sheet.model, sheet.data.harmful, sheet.data.refusal_tokens, units, progress)
+    sheet.passes += 3 * len(sheet.data.harmful)
+    ranked = [keys[i] for i in estimate.nan_to_num(math.inf).argsort().tolist()]
+    for count, share in ROUNDS:
+        kept = ranked[: max(FINALISTS, math.ceil(share * len(keys)))]
+        sheet.measure_bypass(kept, count, progress)
+        sheet.measure_kl(kept, count, progress)
+        ranked = _rank([sheet.candidate(key) for key in kept], thresholds)
+        log.info("%d candidates on %d prompts, best %s", len(kept), count, ranked[0])
+    return ranked[:FINALISTS]
+
+
+def _rank(candidates: Sequence[Candidate], thresholds: Thresholds) -> list[Key]:
+    """Best first, taking turns between the strict rule and the relaxed one (which fills in where nothing passes)."""
+
+    def strict(c: Candidate) -> tuple[bool, float]:
+        return (_kl(c) > thresholds.max_kl, _bypass(c))
+
+    def relaxed(c: Candidate) -> tuple[bool, float]:
+        return (_bypass(c) >= 0, _kl(c))
+
+    by_rule = [sorted(candidates, key=rule) for rule in (strict, relaxed)]
+    turns = [c for pair in zip(*by_rule, strict=True) for c in pair]
+    return list(dict.fromkeys((c.position, c.layer) for c in turns))
+
+
+def _bypass(candidate: Candidate) -> float:
+    return math.inf if candidate.bypass is None or math.isnan(candidate.bypass) else candidate.bypass
+
+
+def _kl(candidate: Candidate) -> float:
+    return math.inf if candidate.kl is None or math.isnan(candidate.kl) else candidate.kl

@@ -1,0 +1,135 @@
+"""What a model does on held-out prompts, as rates and means. Completions are judged and dropped, never stored."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abliterate.calibration.model import ResidentModel, Tokens
+from abliterate.direction.score import kl_divergence, refusal_score
+from abliterate.direction.substrings import is_refusal
+from abliterate.progress import SILENT, Progress
+
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """What is measured on: token ids of held-out prompts, neutral text, and how long completions are.
+
+    Attributes:
+        refusal_tokens: None where they are not known; the rates by score are then not measured.
+        neutral: token ids of the neutral text; empty leaves the cross-entropy out.
+    """
+
+    harmful: Sequence[Tokens]
+    harmless: Sequence[Tokens]
+    neutral: Tokens
+    refusal_tokens: Sequence[int] | None
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Rates are shares of prompts in 0..1, cross-entropy and KL in nats a token.
+
+    Attributes:
+        refusal_rate_substring, refusal_rate_score: refusals of harmful prompts.
+        over_refusal_rate_substring, over_refusal_rate_score: refusals of harmless prompts.
+        kl_first_token: mean KL(baseline || this) at the first token on harmless prompts; None without a baseline.
+        top1_agreement: share of harmless prompts whose most likely first token is the baseline's.
+    """
+
+    prompts_harmful: int
+    prompts_harmless: int
+    max_new_tokens: int
+    refusal_rate_substring: float
+    over_refusal_rate_substring: float
+    refusal_rate_score: float | None
+    over_refusal_rate_score: float | None
+    cross_entropy: float | None
+    kl_first_token: float | None = None
+    top1_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation, with the first-token logits on harmless prompts that another model can be held against."""
+
+    evaluation: Evaluation
+    harmless_logits: Tensor
+
+
+def evaluate_model(
+    model: ResidentModel,
+    data: EvaluationSet,
+    baseline: Tensor | None = None,
+    progress: Progress = SILENT,
+    label: str = "evaluate",
+) -> Measured:
+    """Measures one model.
+
+    Args:
+        baseline: first-token logits [harmless prompts, vocabulary] of the model to compare with.
+    """
+    harmful = first_logits(model, data.harmful, progress, f"{label}: harmful")
+    harmless = first_logits(model, data.harmless, progress, f"{label}: harmless")
+    kl, agreement = compare(baseline, harmless) if baseline is not None else (None, None)
+    evaluation = Evaluation(
+        prompts_harmful=len(data.harmful),
+        prompts_harmless=len(data.harmless),
+        max_new_tokens=data.max_new_tokens,
+        refusal_rate_substring=substring_rate(model, data.harmful, data.max_new_tokens, progress, f"{label}: refusals"),
+        over_refusal_rate_substring=substring_rate(
+            model, data.harmless, data.max_new_tokens, progress, f"{label}: over-refusals"
+        ),
+        refusal_rate_score=score_rate(harmful, data.refusal_tokens),
+        over_refusal_rate_score=score_rate(harmless, data.refusal_tokens),
+        cross_entropy=cross_entropy(model, data.neutral) if data.neutral else None,
+        kl_first_token=kl,
+        top1_agreement=agreement,
+    )
+    return Measured(evaluation, harmless)
+
+
+def first_logits(model: ResidentModel, prompts: Sequence[Tokens], progress: Progress, description: str) -> Tensor:
+    """Logits [prompts, vocabulary] of the first token of each answer."""
+    gathered: dict[int, Tensor] = {}
+    for batch in model.forward(prompts, progress=progress, description=description):
+        gathered.update(zip(batch.rows, batch.logits.cpu(), strict=True))
+    return torch.stack([gathered[i] for i in range(len(prompts))])
+
+
+def compare(baseline: Tensor, logits: Tensor) -> tuple[float, float]:
+    """Mean KL(baseline || model) in nats, and the share of equal most-likely tokens."""
+    same = (baseline.argmax(-1) == logits.argmax(-1)).double().mean()
+    return float(kl_divergence(baseline, logits).double().mean()), float(same)
+
+
+def substring_rate(
+    model: ResidentModel, prompts: Sequence[Tokens], max_new_tokens: int, progress: Progress, description: str
+) -> float:
+    """Share of greedy completions that hold a refusal substring."""
+    completions = model.generate(prompts, max_new_tokens, progress, description)
+    return sum(is_refusal(model.decode(tokens)) for tokens in completions) / len(prompts)
+
+
+def score_rate(logits: Tensor, refusal_tokens: Sequence[int] | None) -> float | None:
+    """Share of prompts whose refusal score is above 0."""
+    if not refusal_tokens:
+        return None
+    return float((refusal_score(logits, refusal_tokens) > 0).double().mean())
+
+
+@torch.inference_mode()
+def cross_entropy(model: ResidentModel, tokens: Tokens) -> float:
+    """Mean negative log-likelihood in nats a token, over windows of 256 tokens, each token predicted once."""
+    total, count = 0.0, 0
+    for start in range(0, len(tokens) - 1, WINDOW):
+        window = torch.tensor([list(tokens[start : start + WINDOW + 1])], device=model.device)
+        logits = model.model(input_ids=window[:, :-1], use_cache=False).logits[0].float()
+        total += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
+        count += window.shape[1] - 1
+    return total / count if count else math.nan
