@@ -20,6 +20,7 @@ class EvaluationSet:
     """What is measured on: token ids of held-out prompts, neutral text, and how long completions are.
 
     Attributes:
+        harmful: empty for a model without a chat format, of which refusals are then not measured.
         refusal_tokens: None where they are not known; the rates by score are then not measured.
         neutral: token ids of the neutral text; empty leaves the cross-entropy out.
     """
@@ -45,8 +46,8 @@ class Evaluation:
     prompts_harmful: int
     prompts_harmless: int
     max_new_tokens: int
-    refusal_rate_substring: float
-    over_refusal_rate_substring: float
+    refusal_rate_substring: float | None
+    over_refusal_rate_substring: float | None
     refusal_rate_score: float | None
     over_refusal_rate_score: float | None
     cross_entropy: float | None
@@ -74,19 +75,18 @@ def evaluate_model(
     Args:
         baseline: first-token logits [harmless prompts, vocabulary] of the model to compare with.
     """
-    harmful = first_logits(model, data.harmful, progress, f"{label}: harmful")
+    harmful = first_logits(model, data.harmful, progress, f"{label}: harmful") if data.harmful else None
     harmless = first_logits(model, data.harmless, progress, f"{label}: harmless")
     kl, agreement = compare(baseline, harmless) if baseline is not None else (None, None)
+    refusals, over_refusals = substring_rates(model, data, progress, label)
     evaluation = Evaluation(
         prompts_harmful=len(data.harmful),
         prompts_harmless=len(data.harmless),
         max_new_tokens=data.max_new_tokens,
-        refusal_rate_substring=substring_rate(model, data.harmful, data.max_new_tokens, progress, f"{label}: refusals"),
-        over_refusal_rate_substring=substring_rate(
-            model, data.harmless, data.max_new_tokens, progress, f"{label}: over-refusals"
-        ),
+        refusal_rate_substring=refusals,
+        over_refusal_rate_substring=over_refusals,
         refusal_rate_score=score_rate(harmful, data.refusal_tokens),
-        over_refusal_rate_score=score_rate(harmless, data.refusal_tokens),
+        over_refusal_rate_score=score_rate(harmless if data.harmful else None, data.refusal_tokens),
         cross_entropy=cross_entropy(model, data.neutral) if data.neutral else None,
         kl_first_token=kl,
         top1_agreement=agreement,
@@ -108,6 +108,16 @@ def compare(baseline: Tensor, logits: Tensor) -> tuple[float, float]:
     return float(kl_divergence(baseline, logits).double().mean()), float(same)
 
 
+def substring_rates(
+    model: ResidentModel, data: EvaluationSet, progress: Progress, label: str
+) -> tuple[float | None, float | None]:
+    """Refusals of harmful and of harmless prompts; None for a model without a chat format."""
+    if not data.harmful:
+        return None, None
+    refusals = substring_rate(model, data.harmful, data.max_new_tokens, progress, f"{label}: refusals")
+    return refusals, substring_rate(model, data.harmless, data.max_new_tokens, progress, f"{label}: over-refusals")
+
+
 def substring_rate(
     model: ResidentModel, prompts: Sequence[Tokens], max_new_tokens: int, progress: Progress, description: str
 ) -> float:
@@ -116,9 +126,9 @@ def substring_rate(
     return sum(is_refusal(model.decode(tokens)) for tokens in completions) / len(prompts)
 
 
-def score_rate(logits: Tensor, refusal_tokens: Sequence[int] | None) -> float | None:
+def score_rate(logits: Tensor | None, refusal_tokens: Sequence[int] | None) -> float | None:
     """Share of prompts whose refusal score is above 0."""
-    if not refusal_tokens:
+    if not refusal_tokens or logits is None:
         return None
     return float((refusal_score(logits, refusal_tokens) > 0).double().mean())
 
