@@ -1,0 +1,104 @@
+"""How figures are written in the card and on the terminal: what is measured, under which name, to which precision."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = "–"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """Three significant digits: 0.0413, 12.3, 6.9e-6; a dash for what was not measured."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    power = int(exponent)
+    if -4 < power < 6:
+        return f"{value:.{max(0, digits - 1 - power)}f}"
+    return f"{mantissa}e{power}"
+
+
+def percent(rate: float | None, count: int | None = None) -> str:
+    """A share as `98.4 %`, with the number it stands for when the whole is known: `98.4 % (63/64)`."""
+    if rate is None or not math.isfinite(rate):
+        return MISSING
+    text = f"{100 * rate:.3g} %" if rate < 0.9995 else f"{100 * rate:.4g} %"
+    return f"{text} ({round(rate * count)}/{count})" if count else text
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of evidence.
+
+    Attributes:
+        unit: "rate" (a share of prompts) or "nats".
+        count: the key of the number of prompts that a rate is a share of.
+        relative: measured against the base, which therefore has no figure of its own.
+    """
+
+    key: str
+    label: str
+    unit: str
+    count: str | None = None
+    relative: bool = False
+
+    def text(self, evaluation: Mapping[str, Any]) -> str:
+        """The figure of one model."""
+        value = evaluation.get(self.key)
+        if self.unit == "rate":
+            return percent(value, evaluation.get(self.count) if self.count else None)
+        return significant(value)
+
+
+METRICS = (
+    Metric("refusal_rate_substring", "harmful prompts refused, by phrase", "rate", "prompts_harmful"),
+    Metric("refusal_rate_score", "harmful prompts refused, by score", "rate", "prompts_harmful"),
+    Metric("over_refusal_rate_substring", "harmless prompts refused, by phrase", "rate", "prompts_harmless"),
+    Metric("over_refusal_rate_score", "harmless prompts refused, by score", "rate", "prompts_harmless"),
+    Metric("cross_entropy", "cross-entropy on neutral text, nats a token", "nats"),
+    Metric("kl_first_token", "KL from the base at the first token, nats", "nats", relative=True),
+    Metric("top1_agreement", "same first token as the base", "rate", "prompts_harmless", relative=True),
+)
+
+
+def metric_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[Metric, list[str]]]:
+    """Every metric that at least one of the models has a figure for, with the text for each."""
+    measured = [metric for metric in METRICS if any(each.get(metric.key) is not None for each in evaluations)]
+    return [(metric, [metric.text(each) for each in evaluations]) for metric in measured]
+
+
+def fold(name: str) -> str:
+    """A tensor's name with its numbers replaced: `model.layers.7.mlp.down_proj.weight` -> `model.layers.N.mlp…`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "N", name)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers, runs joined: `0–12, 14`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in runs)
+
+
+def visible(token: str) -> str:
+    """A token's text on one line, in quotes, with control characters and odd spaces escaped."""
+    body = "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in token
+    )
+    return f"'{body}'"
+
+
+def sizes(count: int) -> str:
+    """Bytes in binary units: `257 MiB`."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.3g} {units[0]}"
