@@ -55,7 +55,7 @@ class EditRecipe:
     """How strongly, and what becomes of a head that shares the embedding."""
 
     head: Literal["untied", "tied"] = "untied"
-    strength: float = field(default=1.0, metadata=_range(0.0, 2.0))
+    strength: float = field(default=1.0, metadata=_range(0.01, 2.0))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+# `make demo` runs the main job on the embedded default, `make test` the tests; each makes the environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build
+TORCH ?= 2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-fast check format subject gemma clean
+
+help:
+	@echo "make demo       convert the refusing SmolLM2 and show refusals before and after"
+	@echo "make test       all tests, on pico models and on real ones"
+	@echo "make test-fast  tests on pico models only"
+	@echo "make check      ruff and mypy"
+	@echo "make clean      remove the environment and everything built"
+
+# A CPU build of torch: from wherever pip is set up to look, else from PyTorch's own index.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || { [ "$$(uname)" = Darwin ] && $(PIP) "torch==$(TORCH)"; } \
+		|| $(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) "torch==$(TORCH)"
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+subject: $(VENV)/ready
+	@$(BIN)/python tests/models/subject.py $(BUILD)/refusing-smollm2-135m
+
+gemma: $(VENV)/ready
+	@$(BIN)/python tests/models/gemma.py $(BUILD)/gemma-3-270m
+
+demo: subject
+	$(BIN)/abliterate convert $(BUILD)/refusing-smollm2-135m $(BUILD)/answering-smollm2-135m --overwrite
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not real"
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(BUILD) .pytest_cache .hypothesis .mypy_cache .ruff_cache

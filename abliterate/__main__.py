@@ -1,0 +1,5 @@
+"""`python -m abliterate`."""
+
+from abliterate.cli import main
+
+main()

@@ -1,0 +1,280 @@
+"""The command line: parse, call, print. Results go to stdout, progress and messages to stderr.
+
+Exit codes: 0 done, 1 failed (bad input, or a certificate that does not hold), 2 wrong usage, 130 interrupted.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from abliterate import __version__
+from abliterate.errors import AbliterateError
+from abliterate.progress import Progress
+from abliterate.recipe import Recipe, list_recipes, load_recipe, recipe_path
+
+Command = Callable[..., Any]
+log = logging.getLogger("abliterate")
+
+
+def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
+recipe_option = click.option(
+    "--recipe", default="refusal", show_default=True, metavar="NAME|FILE", help="Method; see `abliterate recipes`."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+voice_options = _options(
+    click.option("-v", "--verbose", is_flag=True, help="Say what is being done."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress bars, only errors."),
+)
+prompt_options = _options(
+    click.option(
+        "--harmful", metavar="SRC",
+        help="Harmful prompts: FILE[:column] (.txt .json .jsonl .csv .parquet) or hf:dataset[:config][:split][:column].",
+    ),
+    click.option("--harmless", metavar="SRC", help="Harmless prompts, likewise."),
+    click.option("--system-prompt", metavar="TEXT", help="System prompt before every instruction."),
+    click.option("--template", metavar="NAME|FILE", help="Chat template for a model without one: built-in name or Jinja file."),
+)
+run_options = _options(
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
+    click.option(
+        "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+        help="Of calibration and evaluation; certificates always compute in float32.",
+    ),
+    click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Prompts a forward pass.  [default: by device]"),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split of prompt files."),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="abliterate")
+def cli() -> None:
+    """Project the refusal direction out of a checkpoint's weights, exactly, and prove it.
+
+    MODEL is a local folder, or a Hub id such as org/name or org/name@revision.
+    """
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@recipe_option
+@revision_option
+@prompt_options
+@click.option("--direction", type=click.Path(path_type=Path), metavar="FILE",
+              help="Use the direction in this file (tensor `direction` [hidden]); nothing is calibrated.")
+@run_options
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@click.option("--no-evaluate", is_flag=True, help="Leave out the evaluation before and after.")
+@json_option
+@voice_options
+def convert(model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: bool, as_json: bool, **given: Any) -> None:
+    """Find the refusal direction of MODEL, project it out of its weights, write OUT, and prove the result."""
+    from abliterate import conversion
+
+    common: dict[str, Any] = {
+        "recipe": _recipe(given), "revision": given["revision"], "direction": given["direction"],
+        "options": _run_options(given), "evaluate": not no_evaluate,
+    }
+    if dry_run:
+        job = conversion.prepare(model, **common)
+        conversion.check_output(job, out, overwrite)
+        _print_plan(job.subject.plan, job.subject.checkpoint, as_json)
+        if not as_json:
+            click.echo(f"dry run: {conversion.summary_of(job, out)}; nothing was written")
+        return
+    result = conversion.convert(model, out, overwrite=overwrite, **common)
+    if as_json:
+        click.echo(conversion.to_json(result))
+    elif not given["quiet"]:
+        from abliterate.publish.summary import print_conversion
+
+        print_conversion(result.manifest, str(result.folder))
+    if not result.holds:
+        raise AbliterateError(f"certificate failed: {result.certificate.failure}; what was written is in {result.folder}")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="Safetensors file to write.")
+@recipe_option
+@revision_option
+@prompt_options
+@run_options
+@json_option
+@voice_options
+def direction(model: str, out: Path, as_json: bool, **given: Any) -> None:
+    """Find the refusal direction of MODEL only.
+
+    FILE holds `direction` [hidden], the pick; `directions` [positions, layers, hidden], the candidate grid; and the
+    grid's `bypass`, `induce` and `kl` scores.
+    """
+    from abliterate.find import find_direction, thresholds_of
+    from abliterate.publish.summary import print_selection
+    from abliterate.record import selection_record
+
+    recipe = _recipe(given)
+    found = find_direction(model, recipe=recipe, revision=given["revision"], options=_run_options(given), out=out)
+    record = selection_record(found.selection, dataclasses.asdict(thresholds_of(recipe.selection)))
+    if as_json:
+        _echo_json({"file": str(out), "sha256": found.sha256, "selection": record})
+    elif not given["quiet"]:
+        print_selection(record)
+        click.echo(f"wrote {out}")
+
+
+@cli.command()
+@click.argument("model")
+@revision_option
+@json_option
+@voice_options
+def plan(model: str, as_json: bool, **given: Any) -> None:
+    """Show what would be edited, what is kept, and why: every tensor accounted for, from headers alone."""
+    from abliterate.subject import open_subject
+
+    subject = open_subject(model, given["revision"])
+    _print_plan(subject.plan, subject.checkpoint, as_json)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@revision_option
+@click.option("--direction", type=click.Path(path_type=Path), metavar="FILE",
+              help="Verify against this direction.  [default: refusal_direction.safetensors in CHECKPOINT]")
+@click.option("--template", metavar="NAME|FILE", help="Chat template for a model without one.")
+@run_options
+@json_option
+@voice_options
+def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any) -> None:
+    """Measure the certificate of CHECKPOINT again, on its files; exit 1 when it does not hold."""
+    from abliterate import verification
+    from abliterate.publish.summary import print_certificate
+    from abliterate.record import certificate_record
+
+    given["system_prompt"] = None
+    result = verification.verify(
+        checkpoint, revision=given["revision"], direction=direction, options=_run_options(given)
+    )
+    record = certificate_record(result.certificate)
+    if as_json:
+        _echo_json({"holds": result.holds, "mismatches": list(result.mismatches), "certificate": record})
+    elif not given["quiet"]:
+        print_certificate(record, result.mismatches, result.manifest)
+    if result.mismatches:
+        raise AbliterateError(f"files differ from the manifest: {', '.join(result.mismatches)}")
+    if not result.holds:
+        raise AbliterateError(f"the certificate does not hold: {result.certificate.failure or result.certificate.claim}")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--baseline", metavar="BASE", help="Model to compare with (KL, top-1 agreement): folder or Hub id.")
+@recipe_option
+@revision_option
+@prompt_options
+@run_options
+@json_option
+@voice_options
+def evaluate(model: str, baseline: str | None, as_json: bool, **given: Any) -> None:
+    """Measure refusals, over-refusals, loss, and the distance to a baseline, on held-out prompts."""
+    from abliterate import measuring
+    from abliterate.publish.summary import print_evaluation
+
+    report = measuring.evaluate(
+        model, baseline=baseline, revision=given["revision"], recipe=_recipe(given), options=_run_options(given)
+    )
+    if as_json:
+        _echo_json(dataclasses.asdict(report))
+    elif not given["quiet"]:
+        print_evaluation(report)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@json_option
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the recipes, or show one with its documentation."""
+    if name is None:
+        known = list_recipes()
+        if as_json:
+            _echo_json({key: recipe.as_dict() for key, recipe in known.items()})
+        else:
+            click.echo("\n".join(f"{key:<16} {recipe.description}" for key, recipe in known.items()))
+        return
+    recipe = load_recipe(name)
+    if as_json:
+        _echo_json(recipe.as_dict())
+    else:
+        click.echo(recipe_path(name).read_text(encoding="utf-8").rstrip())
+
+
+def _recipe(given: Mapping[str, Any]) -> Recipe:
+    return load_recipe(given["recipe"]).replacing("calibration", harmful=given["harmful"], harmless=given["harmless"])
+
+
+def _run_options(given: Mapping[str, Any]) -> Any:
+    from abliterate.subject import RunOptions
+
+    names = ("device", "dtype", "batch_size", "seed", "trust_remote_code", "template", "system_prompt")
+    _set_up_logging(given)
+    return RunOptions(**{name: given[name] for name in names}, progress=Progress(False if given["quiet"] else None))
+
+
+def _set_up_logging(given: Mapping[str, Any]) -> None:
+    level = logging.INFO if given["verbose"] else logging.ERROR if given["quiet"] else logging.WARNING
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    log.setLevel(level)
+    if given["quiet"] and given["verbose"]:
+        raise click.UsageError("-q and -v do not go together")
+
+
+def _print_plan(plan: Any, checkpoint: Any, as_json: bool) -> None:
+    if as_json:
+        _echo_json(dataclasses.asdict(plan))
+        return
+    from abliterate.publish.summary import print_plan
+
+    print_plan(plan, checkpoint)
+
+
+def _echo_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """Entry point: one line and an exit code for everything that a user can act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code = cli(standalone_mode=False)
+        sys.exit(code or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: nothing was written", err=True)
+        sys.exit(130)
+    except AbliterateError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); nothing is left to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

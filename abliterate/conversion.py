@@ -1,0 +1,341 @@
+"""The pipeline: read a checkpoint, find the refusal direction, project it out of every writer, write, prove, report."""
+
+import hashlib
+import json
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from abliterate.certify.certificate import Certificate
+from abliterate.certify.stream import StreamResidual, measure_stream
+from abliterate.checkpoint.locate import Source
+from abliterate.checkpoint.output import Staging, carry_over, check_target, staged, update_config
+from abliterate.checkpoint.rewrite import ShardRecord, TensorCopy, rewrite_checkpoint
+from abliterate.direction.files import direction_bytes, load_direction
+from abliterate.edit.edits import build_edits
+from abliterate.evaluation.metrics import EvaluationSet, Measured, evaluate_model
+from abliterate.find import FoundDirection, find_in, thresholds_of
+from abliterate.measuring import discovered_tokens, evaluation_set
+from abliterate.prompting import Prompts, load_calibration
+from abliterate.proving import StreamText, Tongue, assemble, stream_text, tongue_of
+from abliterate.publish.card import render_card
+from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_manifest
+from abliterate.publish.plot import plot_selection
+from abliterate.recipe import Recipe, load_recipe
+from abliterate.record import (
+    DIRECTION_FILE,
+    EditRecord,
+    base_record,
+    calibration_record,
+    certificate_record,
+    edit_record,
+    evaluation_record,
+    output_shards,
+    selection_record,
+    tool_record,
+)
+from abliterate.subject import RunOptions, Subject, load_model, open_subject, subject_at
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The result.
+
+    Attributes:
+        folder: the checkpoint; `NAME.failed` beside the wanted place when the certificate failed.
+        holds: whether the certificate holds (or, with a strength other than 1, nothing was to be certified).
+        manifest: what `abliteration.json` says.
+    """
+
+    folder: Path
+    holds: bool
+    certificate: Certificate
+    manifest: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything one conversion starts from."""
+
+    subject: Subject
+    recipe: Recipe
+    options: RunOptions
+    tongue: Tongue
+    prompts: Prompts
+    evaluate: bool
+    direction_file: Path | None
+    command: str
+
+
+@dataclass(frozen=True)
+class BaseFindings:
+    """What was learned from the unedited model before its weights left memory."""
+
+    direction: Tensor
+    direction_file: bytes
+    text: StreamText
+    stream: StreamResidual | None = None
+    found: FoundDirection | None = None
+    calibration: Mapping[str, Any] | None = None
+    data: EvaluationSet | None = None
+    evaluation: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the rewrite left in the staging folder."""
+
+    shards: tuple[ShardRecord, ...]
+    edit: EditRecord
+    files: tuple[str, ...] = field(default=())
+
+
+def convert(
+    model: str,
+    out: Path | str,
+    *,
+    recipe: Recipe | str = "refusal",
+    revision: str | None = None,
+    direction: Path | str | None = None,
+    options: RunOptions | None = None,
+    evaluate: bool = True,
+    overwrite: bool = False,
+) -> Conversion:
+    """Converts a checkpoint.
+
+    Args:
+        model: a folder, or a Hub id (`org/name`, `org/name@revision`).
+        out: the folder to make; it exists only when whole.
+        recipe: a shipped recipe's name, a YAML file, or a recipe.
+        direction: a safetensors file with a tensor `direction` [hidden]; nothing is calibrated then.
+        evaluate: measure refusals, over-refusals, KL and loss before and after.
+        overwrite: replace what is in `out`.
+
+    Returns:
+        The conversion; when its certificate fails the folder is `NAME.failed` and `holds` is False.
+
+    Raises:
+        AbliterateError: nothing was written.
+    """
+    job = prepare(model, recipe=recipe, revision=revision, direction=direction, options=options, evaluate=evaluate)
+    with staged(Path(out), overwrite=overwrite, inputs=[job.subject.folder]) as staging:
+        findings = study_base(job)
+        written = write_edited(job, findings, staging.folder)
+        certificate, edited = prove(job, findings, staging.folder)
+        manifest = portable_manifest(describe(job, findings, written, certificate, edited))
+        publish_files(job, findings, manifest, staging.folder, Path(out).resolve().name)
+        return _finish(staging, certificate, manifest)
+
+
+def prepare(
+    model: str,
+    *,
+    recipe: Recipe | str = "refusal",
+    revision: str | None = None,
+    direction: Path | str | None = None,
+    options: RunOptions | None = None,
+    evaluate: bool = True,
+) -> Job:
+    """Reads and checks everything that can be checked before any weight is loaded."""
+    options = options or RunOptions()
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    subject = open_subject(model, revision)
+    tongue = tongue_of(subject, options, chosen.calibration.thinking)
+    if direction is None and tongue.chat is None:
+        _explain_missing_chat(subject, options)
+    if evaluate and tongue.tokenizer is None:
+        log.warning("%s has no tokenizer: nothing can be evaluated", subject.name)
+    prompts = load_calibration(chosen.calibration, options.seed)
+    file = Path(direction) if direction is not None else None
+    if file is not None:
+        load_direction(file, subject.plan.hidden_size)
+    command = _command(subject, chosen, file, options, evaluate)
+    return Job(subject, chosen, options, tongue, prompts, evaluate and tongue.tokenizer is not None, file, command)
+
+
+def check_output(job: Job, out: Path, overwrite: bool) -> None:
+    """What `convert` would refuse about OUT, without touching it."""
+    check_target(out, overwrite=overwrite, inputs=[job.subject.folder])
+
+
+def summary_of(job: Job, out: Path) -> str:
+    """One line that says what `convert` would do."""
+    plan, checkpoint = job.subject.plan, job.subject.checkpoint
+    source = f"the direction in {job.direction_file}" if job.direction_file else "a direction found by calibration"
+    return (
+        f"{len(plan.writers)} residual writers of {len(checkpoint.tensors)} tensors would be edited along {source}, "
+        f"and {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.shards)} shards written to {out}"
+    )
+
+
+def _explain_missing_chat(subject: Subject, options: RunOptions) -> None:
+    """Raises what the tokenizer or the template has to say."""
+    from abliterate.prompting import chat_format
+    from abliterate.subject import tokenizer_of
+
+    chat_format(tokenizer_of(subject, options), "auto", options.template, options.system_prompt)
+
+
+def study_base(job: Job) -> BaseFindings:
+    """Everything that needs the unedited weights in memory: the direction, and the evaluation before."""
+    text = stream_text(job.subject, job.tongue)
+    given = job.direction_file
+    if given is not None and not job.evaluate:
+        direction = load_direction(given, job.subject.plan.hidden_size)
+        return BaseFindings(direction, direction_bytes(direction), text)
+    tied = job.subject.plan.tied and job.recipe.edit.head == "tied"
+    model = load_model(job.subject, job.options, tied_head=tied, tokenizer=job.tongue.tokenizer)
+    found = None
+    if given is None:
+        assert job.tongue.chat is not None
+        found = find_in(model, job.tongue.chat, job.prompts, job.recipe, job.options.progress)
+        direction, file = found.direction, found.file_bytes()
+    else:
+        direction = load_direction(given, job.subject.plan.hidden_size)
+        file = direction_bytes(direction)
+    calibration = calibration_record(found, model, job.options) if found else None
+    data = _evaluation_data(job, model, found) if job.evaluate else None
+    return BaseFindings(
+        direction,
+        file,
+        text,
+        measure_stream(model, text.prompts, direction, job.options.progress),
+        found,
+        calibration,
+        data,
+        evaluate_model(model, data, None, job.options.progress, "before") if data else None,
+    )
+
+
+def _evaluation_data(job: Job, model: Any, found: FoundDirection | None) -> EvaluationSet:
+    progress = job.options.progress
+    ids = found.refusal_tokens.ids if found else discovered_tokens(model, job.tongue, job.prompts, progress)
+    return evaluation_set(job.tongue, job.prompts, ids, job.recipe.evaluation.max_new_tokens)
+
+
+def write_edited(job: Job, findings: BaseFindings, folder: Path) -> Written:
+    """Shard in, shard out: writers edited, everything else carried over byte for byte."""
+    plan, checkpoint = job.subject.plan, job.subject.checkpoint
+    edits = build_edits(checkpoint, plan, findings.direction, job.recipe.edit.strength)
+    untie = plan.tied and job.recipe.edit.head == "untied"
+    copies = [TensorCopy(plan.embedding, plan.head)] if untie else []
+    shards = rewrite_checkpoint(checkpoint, folder, edits, copies, progress=job.options.progress)
+    files = carry_over(checkpoint, folder)
+    changes = {plan.tied_flag: False} if untie else {}
+    if changes:
+        update_config(folder, changes)
+    head = ("untied" if untie else "tied") if plan.tied else "separate"
+    forms = {name: edit.form for name, edit in edits.items()}
+    return Written(shards, EditRecord(head, tuple(copy.target for copy in copies), changes, forms), tuple(files))
+
+
+def prove(job: Job, findings: BaseFindings, folder: Path) -> tuple[Certificate, Measured | None]:
+    """The certificate and the evaluation after, both on the stored files."""
+    edited = subject_at(Source(folder, None, None, None))
+    tokenizer = job.tongue.tokenizer
+    model = load_model(edited, job.options, dtype="float32", tokenizer=tokenizer)
+    stream = measure_stream(model, findings.text.prompts, findings.direction, job.options.progress)
+    strength = job.recipe.edit.strength
+    certificate = assemble(
+        edited, job.subject.checkpoint, findings.direction, findings.text, stream, findings.stream, strength
+    )
+    if findings.data is None or findings.evaluation is None:
+        return certificate, None
+    del model
+    model = load_model(edited, job.options, tokenizer=tokenizer)
+    baseline = findings.evaluation.harmless_logits
+    return certificate, evaluate_model(model, findings.data, baseline, job.options.progress, "after")
+
+
+def describe(
+    job: Job, findings: BaseFindings, written: Written, certificate: Certificate, edited: Measured | None
+) -> dict[str, Any]:
+    """The manifest."""
+    found, before = findings.found, findings.evaluation
+    thresholds = {k: v for k, v in job.recipe.as_dict()["selection"].items() if k != "exhaustive"}
+    return {
+        "schema": "abliteration/1",
+        "tool": tool_record(),
+        "base": base_record(job.subject, written.shards),
+        "recipe": job.recipe.as_dict(),
+        "calibration": findings.calibration,
+        "selection": selection_record(found.selection, thresholds) if found else None,
+        "direction": {
+            "file": DIRECTION_FILE,
+            "sha256": hashlib.sha256(findings.direction_file).hexdigest(),
+            "source": "calibrated" if found else "file",
+            "hidden_size": job.subject.plan.hidden_size,
+        },
+        "edit": edit_record(job.subject, job.recipe, written.edit, certificate),
+        "certificate": certificate_record(certificate),
+        "evaluation": evaluation_record(before.evaluation, edited.evaluation) if before and edited else None,
+        "output": {"shards": output_shards(written.shards), "files": list(written.files)},
+        "warnings": warnings_of(job, findings, certificate),
+        "reproduce": job.command,
+    }
+
+
+def warnings_of(job: Job, findings: BaseFindings, certificate: Certificate) -> list[str]:
+    """What a user has to know before using the result."""
+    warnings = []
+    if findings.found and findings.found.selection.choice.relaxed:
+        warnings.append(f"selection relaxed: {findings.found.selection.choice.reason}")
+    if not certificate.exact:
+        warnings.append(certificate.claim)
+    elif not certificate.holds:
+        warnings.append(f"certificate failed: {certificate.failure}")
+    if job.evaluate and job.tongue.chat is None:
+        warnings.append("no chat template: refusals were not measured")
+    return warnings
+
+
+def publish_files(job: Job, findings: BaseFindings, manifest: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Manifest, direction, selection plot and model card."""
+    (folder / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+    (folder / DIRECTION_FILE).write_bytes(findings.direction_file)
+    if manifest["selection"]:
+        tokens = (manifest["calibration"] or {}).get("chat", {}).get("post_instruction_tokens")
+        plot_selection(manifest["selection"], folder / "selection.png", tokens)
+    base_card = job.subject.folder / "README.md"
+    text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else None
+    (folder / "README.md").write_text(render_card(manifest, text, name), encoding="utf-8")
+
+
+def _finish(staging: Staging, certificate: Certificate, manifest: Mapping[str, Any]) -> Conversion:
+    holds = certificate.holds or not certificate.exact
+    folder = staging.publish() if holds else staging.publish_failed()
+    return Conversion(folder, holds, certificate, manifest)
+
+
+def _command(
+    subject: Subject, recipe: Recipe, direction: Path | None, options: RunOptions, evaluate: bool
+) -> str:
+    """The command that makes the same bytes again."""
+    words: list[str] = ["abliterate", "convert", subject.name, "OUT", "--recipe", recipe.name]
+    source = subject.source
+    optional: Sequence[tuple[str, object]] = (
+        ("--revision", source.commit or source.revision),
+        ("--direction", DIRECTION_FILE if direction else None),
+        ("--harmful", None if recipe.calibration.harmful == "builtin" else recipe.calibration.harmful),
+        ("--harmless", None if recipe.calibration.harmless == "builtin" else recipe.calibration.harmless),
+        ("--template", options.template),
+        ("--system-prompt", options.system_prompt),
+        ("--dtype", None if options.dtype == "auto" else options.dtype),
+        ("--seed", options.seed or None),
+    )
+    for flag, value in optional:
+        words += [flag, str(value)] if value is not None else []
+    words += [] if evaluate else ["--no-evaluate"]
+    return shlex.join(words)
+
+
+def to_json(conversion: Conversion) -> str:
+    """The manifest and where the result is, for scripts."""
+    return json.dumps({"folder": str(conversion.folder), "holds": conversion.holds, **conversion.manifest}, indent=2)

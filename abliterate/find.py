@@ -1,0 +1,135 @@
+"""From a loaded model and prompts to the refusal direction: means, candidates, selection."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from abliterate.calibration.chat import ChatFormat
+from abliterate.calibration.model import ResidentModel
+from abliterate.direction.files import direction_bytes
+from abliterate.direction.means import Directions, difference, mean_hidden
+from abliterate.direction.refusal_tokens import RefusalTokens, find_refusal_tokens, named_refusal_tokens
+from abliterate.direction.scoring import ScoreSheet, Validation
+from abliterate.direction.screening import Selection, choose_direction
+from abliterate.direction.selection import Thresholds
+from abliterate.errors import CalibrationError
+from abliterate.progress import Progress
+from abliterate.prompting import Prompts, chat_format, encode, load_calibration
+from abliterate.recipe import Recipe, SelectionRecipe, load_recipe
+from abliterate.subject import RunOptions, load_model, open_subject, tokenizer_of
+
+
+@dataclass(frozen=True)
+class FoundDirection:
+    """The refusal direction of a model and how it was found.
+
+    Attributes:
+        direction: unit r [hidden] fp32.
+        directions: the candidate grid it was picked from.
+    """
+
+    direction: Tensor
+    directions: Directions
+    selection: Selection
+    refusal_tokens: RefusalTokens
+    chat: ChatFormat
+    prompts: Prompts
+
+    def file_bytes(self) -> bytes:
+        """The direction file."""
+        choice = self.selection.choice
+        return direction_bytes(
+            self.direction,
+            self.directions,
+            choice.candidates,
+            {"position": choice.pick.position, "layer": choice.pick.layer, "relaxed": choice.relaxed},
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the direction file."""
+        return hashlib.sha256(self.file_bytes()).hexdigest()
+
+
+def thresholds_of(recipe: SelectionRecipe) -> Thresholds:
+    """The rule's thresholds as the recipe sets them."""
+    return Thresholds(recipe.max_layer_fraction, recipe.max_kl, recipe.min_induce, recipe.strict)
+
+
+def find_in(
+    model: ResidentModel, chat: ChatFormat, prompts: Prompts, recipe: Recipe, progress: Progress
+) -> FoundDirection:
+    """Finds the direction of a loaded model.
+
+    Raises:
+        CalibrationError: the model does not refuse, or too few prompts are left.
+        SelectionError: no candidate passes.
+    """
+    harmful, harmless = encode(chat, prompts.harmful.train), encode(chat, prompts.harmless.train)
+    tokens = _refusal_tokens(model, harmful, harmless, recipe, chat, progress)
+    positions = positions_of(chat, recipe)
+    sign = 1 if recipe.direction.filter else 0
+    directions = difference(
+        mean_hidden(model, harmful, positions, sign, tokens.ids, progress, "harmful means"),
+        mean_hidden(model, harmless, positions, -sign, tokens.ids, progress, "harmless means"),
+    )
+    data = Validation(encode(chat, prompts.harmful.validation), encode(chat, prompts.harmless.validation), tokens.ids)
+    sheet = ScoreSheet(model, directions, data)
+    selection = choose_direction(sheet, thresholds_of(recipe.selection), recipe.selection.exhaustive, progress)
+    pick = selection.choice.pick
+    unit = directions.unit(pick.position, pick.layer)
+    return FoundDirection(unit, directions, selection, tokens, chat, prompts)
+
+
+def positions_of(chat: ChatFormat, recipe: Recipe) -> int:
+    """How many positions from the end are candidates."""
+    available = len(chat.post_instruction)
+    wanted = recipe.direction.positions
+    if wanted == "all":
+        return available
+    if wanted > available:
+        raise CalibrationError(f"direction.positions is {wanted}, but the chat template has {available} tokens after the instruction")
+    return wanted
+
+
+def _refusal_tokens(
+    model: ResidentModel, harmful: list[list[int]], harmless: list[list[int]], recipe: Recipe, chat: ChatFormat,
+    progress: Progress,
+) -> RefusalTokens:
+    words = recipe.direction.refusal_tokens
+    if words != "auto":
+        return named_refusal_tokens(model, words)
+    return find_refusal_tokens(model, harmful, harmless, progress, chat.template)
+
+
+def find_direction(
+    model: str,
+    *,
+    recipe: Recipe | str = "refusal",
+    revision: str | None = None,
+    options: RunOptions | None = None,
+    out: Path | str | None = None,
+) -> FoundDirection:
+    """Finds the refusal direction of a checkpoint, and writes it to `out` when that is given.
+
+    Args:
+        model: a folder, or a Hub id (`org/name`, `org/name@revision`).
+        recipe: a shipped recipe's name, a YAML file, or a recipe.
+
+    Raises:
+        AbliterateError: see `find_in` and `open_subject`.
+    """
+    options = options or RunOptions()
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    subject = open_subject(model, revision)
+    prompts = load_calibration(recipe.calibration, options.seed)
+    tokenizer = tokenizer_of(subject, options)
+    chat = chat_format(tokenizer, recipe.calibration, options.template, options.system_prompt)
+    tied = subject.plan.tied and recipe.edit.head == "tied"
+    loaded = load_model(subject, options, tied_head=tied, tokenizer=tokenizer)
+    found = find_in(loaded, chat, prompts, recipe, options.progress)
+    if out is not None:
+        Path(out).write_bytes(found.file_bytes())
+    return found

@@ -1,0 +1,83 @@
+"""Certifies files on disk: their bytes for the writers, a forward pass in fp32 for the stream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.calibration.chat import ChatFormat, make_chat_format
+from abliterate.calibration.load import load_tokenizer
+from abliterate.calibration.prompts import builtin
+from abliterate.certify.certificate import Certificate, TextKind
+from abliterate.certify.stream import StreamResidual
+from abliterate.certify.weights import tolerance, writer_residuals
+from abliterate.checkpoint.files import Checkpoint
+from abliterate.errors import CalibrationError
+from abliterate.prompting import encode, encode_plain, neutral_paragraphs
+from abliterate.subject import RunOptions, Subject
+
+STREAM_PROMPTS, RANDOM_LENGTH = 16, 32
+
+
+@dataclass(frozen=True)
+class StreamText:
+    """What runs through the model for the stream part: token ids, and of which kind."""
+
+    prompts: Sequence[Sequence[int]]
+    kind: TextKind
+
+
+@dataclass(frozen=True)
+class Tongue:
+    """How text becomes tokens: the tokenizer, and the chat format; either may be missing (a base model, a bare one)."""
+
+    tokenizer: Any | None
+    chat: ChatFormat | None
+
+
+def tongue_of(subject: Subject, options: RunOptions, thinking: str = "auto") -> Tongue:
+    """The checkpoint's tokenizer and chat format; no chat format where it has no template and none is asked for.
+
+    Raises:
+        CalibrationError: a template was asked for and cannot be used.
+    """
+    try:
+        tokenizer = load_tokenizer(subject.folder, options.trust_remote_code)
+    except CalibrationError:
+        if options.template is not None:
+            raise
+        return Tongue(None, None)
+    if options.template is None and not getattr(tokenizer, "chat_template", None):
+        return Tongue(tokenizer, None)
+    chat = make_chat_format(tokenizer, options.template, options.system_prompt, thinking=thinking)  # type: ignore[arg-type]
+    return Tongue(tokenizer, chat)
+
+
+def stream_text(subject: Subject, tongue: Tongue) -> StreamText:
+    """Held-out prompts of both kinds in the chat format, else neutral text, else seeded random tokens."""
+    if tongue.chat is not None:
+        half = STREAM_PROMPTS // 2
+        sets = (builtin("harmful").test, builtin("harmless").test)
+        return StreamText([tokens for prompts in sets for tokens in encode(tongue.chat, prompts)[:half]], "chat")
+    if tongue.tokenizer is not None:
+        return StreamText(encode_plain(tongue.tokenizer, neutral_paragraphs()[:STREAM_PROMPTS]), "plain")
+    rows = subject.checkpoint.tensors[subject.plan.embedding].shape[0]
+    ids = torch.randint(0, rows, (STREAM_PROMPTS, RANDOM_LENGTH), generator=torch.Generator().manual_seed(0))
+    return StreamText(ids.tolist(), "random")
+
+
+def assemble(
+    edited: Subject,
+    base: Checkpoint | None,
+    direction: Tensor,
+    text: StreamText,
+    stream: StreamResidual,
+    stream_before: StreamResidual | None,
+    strength: float = 1.0,
+) -> Certificate:
+    """Reads every stored writer, and holds both parts to the tolerances of what they are stored in (DESIGN 3.5)."""
+    writers = writer_residuals(edited.checkpoint, edited.plan, direction, base)
+    bound = max(tolerance(dtype, edited.plan.hidden_size, "stream") for dtype in edited.dtypes)
+    return Certificate(writers, stream, stream_before, bound, text.kind, strength)

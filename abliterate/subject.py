@@ -1,0 +1,121 @@
+"""What a command works on: a located checkpoint, its residual writers, and how its model is run."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate.architecture.plan import plan_architecture
+from abliterate.architecture.writer import Plan
+from abliterate.calibration.load import load_resident, load_tokenizer, pick_device, pick_dtype
+from abliterate.calibration.model import ResidentModel
+from abliterate.checkpoint.files import Checkpoint, open_checkpoint
+from abliterate.checkpoint.header import DTYPES
+from abliterate.checkpoint.locate import Source, resolve
+from abliterate.progress import SILENT, Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How models are run.
+
+    Attributes:
+        device: auto, cpu, cuda or mps. `dtype`: auto, float32, bfloat16 or float16, for calibration and evaluation;
+            certificates always compute in float32.
+        batch_size: prompts a forward pass; None chooses by device.
+        seed: of the split of prompt sets.
+        template: built-in chat template or Jinja file; None takes the model's own.
+        system_prompt: None leaves it to the template.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+    template: str | None = None
+    system_prompt: str | None = None
+    progress: Progress = field(default=SILENT, compare=False)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint and the plan of its residual writers."""
+
+    source: Source
+    checkpoint: Checkpoint
+    plan: Plan
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.source.folder
+
+    @property
+    def name(self) -> str:
+        """The Hub id, or the folder's name (never a path: it goes into what is published)."""
+        return self.source.model_id or self.folder.resolve().name
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The stored dtypes of the residual writers, as safetensors names them."""
+        return tuple(sorted({self.checkpoint.tensors[writer.tensor].dtype for writer in self.plan.writers}))
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What the embedding is stored in."""
+        return DTYPES[self.checkpoint.tensors[self.plan.embedding].dtype]
+
+
+def open_subject(model: str, revision: str | None = None) -> Subject:
+    """Locates the checkpoint, reads its headers, and finds its residual writers.
+
+    Raises:
+        CheckpointError: missing, gated, damaged or quantized.
+        ArchitectureError: its residual writers are not known.
+    """
+    return subject_at(resolve(model, revision))
+
+
+def subject_at(source: Source) -> Subject:
+    """See `open_subject`."""
+    checkpoint = open_checkpoint(source.folder)
+    return Subject(source, checkpoint, plan_architecture(checkpoint))
+
+
+def load_model(
+    subject: Subject, options: RunOptions, *, dtype: str | None = None, tied_head: bool = False, tokenizer: Any = None
+) -> ResidentModel:
+    """Loads the weights as the options say; `dtype` overrides them."""
+    device = pick_device(options.device)
+    computing = pick_dtype(dtype or options.dtype, device, subject.stored_dtype)
+    log.info("loading %s on %s in %s", subject.name, device, computing)
+    return load_resident(
+        subject.folder,
+        subject.plan,
+        device=device,
+        dtype=computing,
+        batch_size=options.batch_size,
+        trust_remote_code=options.trust_remote_code,
+        tied_head=tied_head,
+        tokenizer=tokenizer,
+    )
+
+
+def tokenizer_of(subject: Subject, options: RunOptions) -> Any:
+    """The checkpoint's tokenizer."""
+    return load_tokenizer(subject.folder, options.trust_remote_code)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that the result may depend on."""
+    import platform
+    from importlib.metadata import version
+
+    packages: Sequence[str] = ("abliterate", "torch", "transformers", "safetensors", "huggingface_hub")
+    return {name: version(name) for name in packages} | {"python": platform.python_version()}
