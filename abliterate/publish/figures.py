@@ -102,3 +102,48 @@ def sizes(count: int) -> str:
         value /= 1024
         units.pop(0)
     return f"{value:.3g} {units[0]}"
+
+
+@dataclass(frozen=True)
+class WriterGroup:
+    """Tensors of the same name but for layer numbers, of one kind and form.
+
+    Attributes:
+        before, after: the largest share along the direction; None where none was measured.
+        tolerance: the strictest of the group.
+    """
+
+    pattern: str
+    kind: str
+    form: str
+    gain: str | None
+    count: int
+    before: float | None
+    after: float | None
+    tolerance: float
+    holds: bool
+
+
+def writer_groups(writers: Sequence[Mapping[str, Any]]) -> list[WriterGroup]:
+    """The manifest's `edit.writers`, grouped in order of first appearance."""
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for writer in writers:
+        groups.setdefault((fold(writer["tensor"]), writer["kind"], writer["form"]), []).append(writer)
+    return [
+        WriterGroup(
+            *key,
+            fold(members[0]["gain"]) if members[0]["gain"] else None,
+            len(members),
+            _largest(members, "residual_before"),
+            _largest(members, "residual_after"),
+            min(member["tolerance"] for member in members),
+            all(member["holds"] for member in members),
+        )
+        for key, members in groups.items()
+    ]
+
+
+def _largest(members: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """None also when one of several is missing: the largest is then not known."""
+    values = [member[key] for member in members]
+    return None if None in values else max(values)

@@ -1,0 +1,122 @@
+"""The card's method section: how the direction was found, what was edited, and what became of the head."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from abliterate.publish.figures import significant, visible
+from abliterate.publish.markdown import code, plain
+
+Manifest = Mapping[str, Any]
+
+
+def method_text(manifest: Manifest) -> dict[str, Any]:
+    """The template's variables for the section."""
+    edit, selection = manifest["edit"], manifest["selection"]
+    strength = "" if edit["strength"] == 1 else f"{edit['strength']:g}\\,"
+    common = {"edit": _edit(edit), "strength": strength, "gains": _gains(edit, strength), "head": _head(edit)}
+    if selection is None or manifest["calibration"] is None:
+        given = (
+            "The direction *r*, a unit vector as wide as the residual stream, was given as a file; how it was found is "
+            f"not known to this conversion. SHA-256 {code(manifest['direction']['sha256'])}."
+        )
+        return {**common, "direction": given, "direction_equation": False}
+    pick = selection["pick"]
+    return {
+        **common,
+        "direction": "Between the mean hidden states of harmful prompts *H* and harmless prompts *B*:",
+        "direction_equation": True,
+        "layer": pick["layer"],
+        "position": f"{pick['position']}{_token(pick['position'], manifest['calibration'])}",
+        "prompts": _prompts(manifest["calibration"]),
+        "selection": _selection(selection),
+    }
+
+
+def _token(position: int, calibration: Manifest) -> str:
+    tokens = calibration["chat"]["post_instruction_tokens"]
+    return f" ({code(visible(tokens[position]))})" if 0 < -position <= len(tokens) else ""
+
+
+def _prompts(calibration: Manifest) -> str:
+    chat = calibration["chat"]
+    sets = " and ".join(
+        f"{each['train']} {kind} prompts ({code(each['source'])}, {each['kept']} kept)"
+        for kind, each in ((kind, calibration[kind]) for kind in ("harmful", "harmless"))
+    )
+    own = chat["template_source"] == "model"
+    template = "the model's own chat template" if own else f"the chat template {code(chat['template_source'])}"
+    system = f", system prompt {code(chat['system_prompt'])}" if chat["system_prompt"] else ""
+    thinking = {"on": ", thinking", "off": ", thinking switched off"}.get(chat["thinking"], "")
+    tokens = ", ".join(code(visible(token["text"])) for token in calibration["refusal_tokens"]["tokens"])
+    return (
+        f"Means over {sets}, in {template}{system}{thinking}; a prompt is kept when the model itself answers it as "
+        f"expected. A refusal score is the log-odds that the answer starts with one of {tokens}."
+    )
+
+
+def _selection(selection: Manifest) -> str:
+    pick, base, limits = selection["pick"], selection["baseline"], selection["thresholds"]
+    reason = plain(selection["reason"])
+    bypass = f"from {significant(base['harmful'])} to {significant(pick['bypass'])} (bypass)"
+    induce = f"from {significant(base['harmless'])} to {significant(pick['induce'])} (induce)"
+    return (
+        f"{reason[:1].upper()}{reason[1:]}. With the pick ablated, the mean refusal score on harmful validation "
+        f"prompts goes {bypass}; with it added, that on harmless ones {induce}; the first token's KL on harmless prompts is "
+        f"{significant(pick['kl'])} nats. The rule takes the lowest bypass among candidates with KL at most "
+        f"{limits['max_kl']:g}, induce at least {limits['min_induce']:g}, and a layer below "
+        f"{limits['max_layer_fraction']:g} of the depth; "
+        f"{len(selection['candidates'])} candidates were {_searched(selection)}."
+    )
+
+
+def _searched(selection: Manifest) -> str:
+    passes, whole = selection["forward_passes"], selection["exhaustive_forward_passes"]
+    if selection["method"] == "exhaustive":
+        return f"all measured, in {passes:,} forward passes"
+    return f"screened in {passes:,} forward passes instead of {whole:,}"
+
+
+def _edit(edit: Manifest) -> str:
+    kinds = Counter(writer["kind"] for writer in edit["writers"])
+    named = ", ".join(f"{count} {plain(kind)}" for kind, count in kinds.items())
+    return (
+        f"Every tensor that writes to the residual stream ({len(edit['writers'])}: {named}) is edited along *r*, on "
+        "its output axis, whatever its layout on disk; every other tensor is the base's, bit for bit:"
+    )
+
+
+def _gains(edit: Manifest, strength: str) -> str:
+    """What was done where a norm with a learned gain stands between the tensor and the stream."""
+    forms = Counter(writer["form"] for writer in edit["writers"])
+    texts = []
+    if forms["oblique"]:
+        texts.append(
+            f"Where a norm with gain *g* follows ({forms['oblique']} tensors), the projection is oblique, which is "
+            f"exact after the gain:\n\n$$ W \\leftarrow W - {strength}(r \\oslash g)\\,\\big((g \\odot r)^\\top W\\big) $$"
+        )
+    if forms["orthogonal"]:
+        texts.append(
+            f"Where such a gain is close to 0 somewhere ({forms['orthogonal']} tensors), the projection is "
+            f"orthogonal:\n\n$$ W \\leftarrow W - {strength}u\\,(u^\\top W), \\qquad u = \\frac{{g \\odot r}}{{\\lVert g \\odot r \\rVert}} $$"
+        )
+    return "\n\n".join(texts)
+
+
+def _head(edit: Manifest) -> str:
+    same = all(writer["form"] == "plain" for writer in edit["writers"]) and edit["strength"] == 1
+    ablation = " The model computes what ablating the direction at run time would." if same else ""
+    if edit["head"] == "tied":
+        return (
+            "**Tied head.** The output head shares the embedding, so the edit of the embedding edits the head as well: "
+            "the logits are not those of ablating the direction at run time."
+        )
+    if edit["head"] == "separate":
+        return f"**Separate head.** The output head is a tensor of its own and was left as it is.{ablation}"
+    added = ", ".join(code(name) for name in edit["added"])
+    changes = ", ".join(code(f"{key}: {str(value).lower()}") for key, value in edit["config_changes"].items())
+    return (
+        "**Untied head.** In the base the output head shares the embedding. Here the unedited embedding is stored as "
+        f"the head ({added}; in `config.json` {changes}), and only the embedding that writes to the stream is edited."
+        f"{ablation}"
+    )

@@ -1,0 +1,235 @@
+"""The card's sentences and tables, from the manifest; the template only lays them out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from abliterate.publish.base_card import Inherited, is_hub_id
+from abliterate.publish.card_method import method_text
+from abliterate.publish.figures import metric_rows, percent, significant, writer_groups
+from abliterate.publish.markdown import block, bullets, code, link, plain, table
+from abliterate.publish.usage import usage
+
+Manifest = Mapping[str, Any]
+_STREAM_TEXTS = {"chat": "chat prompts", "plain": "plain text", "random": "random tokens"}
+
+
+def card_text(manifest: Manifest, inherited: Inherited, name: str, has_base_card: bool) -> dict[str, Any]:
+    """Every variable of the template."""
+    return {
+        "title": plain(name),
+        "notices": _notices(manifest),
+        "statement": _statement(manifest, inherited),
+        "safety": bullets([*_safety(manifest), _license(inherited, has_base_card)]),
+        "evidence": _evidence(manifest["evaluation"]),
+        **_certificate(manifest),
+        "verify": block(f"abliterate verify {code_word(name)}", "sh"),
+        **method_text(manifest),
+        "usage": usage(manifest, name),
+        "reproduce": block(manifest["reproduce"], "sh"),
+        "versions": _versions(manifest),
+        "files": bullets(_files(manifest)),
+        "warnings": bullets([plain(warning) for warning in manifest["warnings"]]),
+    }
+
+
+def code_word(name: str) -> str:
+    """A name as one word of a shell command."""
+    return name if all(char.isalnum() or char in "-_./@" for char in name) else "FOLDER"
+
+
+def _notices(manifest: Manifest) -> str:
+    """What must be read before anything else: a failed certificate, a partial edit, a relaxed selection."""
+    certificate, selection = manifest["certificate"], manifest["selection"]
+    strength, notices = manifest["edit"]["strength"], []
+    if strength != 1:
+        notices.append(
+            f"> **The edit is not exact.** Strength {strength:g} leaves a component along the direction in the weights "
+            "on purpose, and nothing is certified."
+        )
+    elif not certificate["holds"]:
+        notices.append(
+            "> **The certificate does not hold.** The direction is still in the residual stream of these weights, so "
+            f"this is not a finished conversion: {_claim(certificate)}."
+        )
+    if selection and selection["relaxed"]:
+        notices.append(
+            "> **The selection was relaxed.** No candidate direction was within the bound on side effects, so the edit "
+            f"may cost more than refusals: {plain(selection['reason'])}."
+        )
+    return "\n\n".join(notices)
+
+
+def _claim(certificate: Manifest) -> str:
+    """Without the verdict and the full stop, which the sentences here bring."""
+    claim: str = certificate["claim"]
+    return plain(claim.removeprefix("does not hold: ").removeprefix("not exact: ").rstrip("."))
+
+
+def _statement(manifest: Manifest, inherited: Inherited) -> str:
+    base = manifest["base"]
+    named = code(base["id"] or base["model_type"])
+    if base["source"] == "hub" and is_hub_id(base["id"]):
+        named = link(base["id"], f"https://huggingface.co/{base['id']}")
+    origin = ", ".join(link(model, f"https://huggingface.co/{model}") for model in inherited.base_models)
+    came = f" (a local model, made from {origin})" if origin and base["source"] == "local" else ""
+    whole = manifest["edit"]["strength"] == 1 and manifest["certificate"]["holds"]
+    done = "with its refusal direction removed" if whole else "edited along its refusal direction"
+    how = (
+        "projected out of the stored weights, so that no layer can use it"
+        if whole
+        else "weakened in the stored weights"
+    )
+    return (
+        f"**This is {named}{came} {done}.** When a chat model declines a request, its hidden state moves along one "
+        f"direction. Here that direction was {how}. Nothing was trained, and nothing was put in its place."
+    )
+
+
+def _safety(manifest: Manifest) -> list[str]:
+    figures, evaluation = "", manifest["evaluation"] or {}
+    before, after = (evaluation.get(which, {}).get("refusal_rate_substring") for which in ("base", "edited"))
+    if before is not None and after is not None:
+        figures = (
+            f" Of held-out harmful prompts it declined {percent(before)} before the edit and {percent(after)} after."
+        )
+    return [
+        "**It will follow harmful requests more often than its base.** What it then writes can be dangerous, illegal, "
+        f"or wrong.{figures}",
+        "It is for people who study how refusal works, who test the safeguards around models, or who build on models "
+        "with safeguards of their own. It is not for the public without supervision, nor for minors.",
+        "Bring your own safeguards: filters on what goes in and comes out, limits on who may use it, people who look. "
+        "You answer for what you do with it.",
+        "Only refusing was meant to change; what the base knows and its biases are still there. The same direction may "
+        "have carried more than refusals: read the side effects under Evidence.",
+    ]
+
+
+def _license(inherited: Inherited, has_base_card: bool) -> str:
+    if inherited.license is None and inherited.license_name is None:
+        why = "its card cannot be read" if not inherited.readable else "its card names none"
+        if not has_base_card:
+            why = "it came without a card"
+        return (
+            "**License:** that of the base model, which still applies with its restrictions on use. It is not named "
+            f"here because {why}: look it up before you use or share these weights."
+        )
+    named = code(inherited.license_name or inherited.license or "")
+    if inherited.license_link and inherited.license_link.startswith("https://"):
+        named += f" ({link('text', inherited.license_link)})"
+    return f"**License:** {named}, inherited from the base model; it still applies with its restrictions on use."
+
+
+def _evidence(evaluation: Manifest | None) -> str:
+    if evaluation is None:
+        return (
+            "**Not measured.** This conversion was run without evaluation: how often the model still refuses, and what "
+            "else changed, is not known."
+        )
+    base, edited = evaluation["base"], evaluation["edited"]
+    rows = [[metric.label, *texts] for metric, texts in metric_rows([base, edited])]
+    lines = [
+        _how_measured(edited),
+        table(["", "before", "after"], rows, right=2) if rows else "**Nothing could be measured.**",
+    ]
+    if base["refusal_rate_substring"] is None and edited["refusal_rate_substring"] is None:
+        lines.append("**Refusals were not measured.**")
+    return "\n\n".join(lines)
+
+
+def _how_measured(edited: Manifest) -> str:
+    harmful, harmless = edited["prompts_harmful"], edited["prompts_harmless"]
+    if not harmful:
+        return f"Measured on the saved files, with {harmless} prompts."
+    return (
+        f"Measured on the saved files, with {harmful} harmful and {harmless} harmless prompts that played no part in "
+        f"finding the direction. *By phrase*: a greedy answer of up to {edited['max_new_tokens']} tokens holds a "
+        "phrase of refusal. *By score*: the first token is more likely to start a refusal than not. One harmful prompt "
+        f"more or less is {percent(1 / harmful)}. Answers are judged and not kept."
+    )
+
+
+def _certificate(manifest: Manifest) -> dict[str, str]:
+    certificate, stream = manifest["certificate"], manifest["certificate"]["stream"]
+    failed = "Does not hold" if manifest["edit"]["strength"] == 1 else "Not exact"
+    text = f"**{'Holds' if certificate['holds'] else failed}:** {_claim(certificate)}."
+    rows = [_worst_row(manifest)]
+    if stream is None:
+        text += " The stream was not measured."
+    else:
+        kind = _STREAM_TEXTS[stream["text"]]
+        text += f" The stream was measured with the stored weights over {stream['tokens']} tokens of {kind}."
+        if stream["first_failure"]:
+            text += f" The direction first returns at {plain(stream['first_failure'])}."
+        rows.append(
+            [
+                "residual stream: largest abs(h·r) / ‖h‖ over layers and tokens",
+                *_measures(stream["before"], stream["after"], stream),
+            ]
+        )
+    return {
+        "certificate": text,
+        "certificate_table": table(["share of the direction", "before", "after", "tolerance", ""], rows, right=4),
+        "writers_table": _writers_table(manifest["edit"]["writers"]),
+    }
+
+
+def _worst_row(manifest: Manifest) -> list[str]:
+    writers = manifest["certificate"]["writers"]
+    label = f"{writers['checked']} tensors that write to the stream: worst, relative to its tolerance"
+    if writers["worst"] is None:
+        return [label, *["–"] * 4]
+    worst = writers["worst"]
+    before = next((w["residual_before"] for w in manifest["edit"]["writers"] if w["tensor"] == worst["tensor"]), None)
+    verdict = {**worst, "holds": not writers["failed"]}
+    return [f"{label} ({code(worst['tensor'])})", *_measures(before, worst["residual_after"], verdict)]
+
+
+def _measures(before: float | None, after: float | None, part: Manifest) -> list[str]:
+    verdict = "holds" if part["holds"] else "**fails**"
+    return [significant(before), significant(after), significant(part["tolerance"]), verdict]
+
+
+def _writers_table(writers: Sequence[Manifest]) -> str:
+    rows = [
+        [
+            code(group.pattern),
+            str(group.count),
+            group.form,
+            significant(group.before),
+            significant(group.after),
+            significant(group.tolerance),
+        ]
+        for group in writer_groups(writers)
+    ]
+    return table(["tensors", "how many", "edit", "before", "after", "tolerance"], rows, right=3)
+
+
+def _versions(manifest: Manifest) -> str:
+    tool, base = manifest["tool"], manifest["base"]
+    versions = ", ".join(
+        f"{name} {plain(tool[name])}" for name in ("abliterate", "torch", "transformers", "safetensors")
+    )
+    commit = f" The base was at commit {code(base['commit'])}." if base["commit"] else ""
+    return (
+        f"Made with {versions} and Python {plain(tool['python'])}.{commit} The same command on the same base and "
+        "machine makes the same bytes; `abliteration.json` has the SHA-256 of every file of weights that went "
+        "in and came out."
+    )
+
+
+def _files(manifest: Manifest) -> list[str]:
+    names = [shard["name"] for shard in manifest["output"]["shards"]]
+    weights = code(names[0]) if len(names) == 1 else f"{code(names[0])} to {code(names[-1])} ({len(names)} files)"
+    lines = [
+        f"{weights}: the edited weights",
+        "`abliteration.json`: what was done to what, by hash, with every score and residual",
+        f"{code(manifest['direction']['file'])}: the direction, in the tensor `direction`",
+    ]
+    if manifest["selection"]:
+        lines.append("`selection.png`: the scores of the candidate directions")
+    if "README.base.md" in manifest["output"]["files"]:
+        lines.append("`README.base.md`: the card of the base model")
+    carried = [name for name in manifest["output"]["files"] if name != "README.base.md"]
+    changed = " (`config.json` with the change named above)" if manifest["edit"]["config_changes"] else ""
+    named = ", ".join(code(name) for name in carried)
+    return [*lines, f"carried over from the base{changed}: {named}"] if carried else lines
