@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -34,7 +34,7 @@ class Inherited:
     languages: tuple[str, ...] = ()
     base_models: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-    readable: bool = field(default=True)
+    readable: bool = True
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -50,7 +50,8 @@ def inherit(card: str | None) -> Inherited:
     try:
         metadata = _parse(match.group(1))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        log.warning("the base model's card has no readable metadata (%s): licence and language are left out", error)
+        reason = str(error).partition("\n")[0]
+        log.warning("the base model's card has no readable metadata (%s): license and language are left out", reason)
         return Inherited(readable=False)
     return Inherited(
         license=_first(metadata, "license", _CODE),

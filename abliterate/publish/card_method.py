@@ -62,8 +62,8 @@ def _selection(selection: Manifest) -> str:
     induce = f"from {significant(base['harmless'])} to {significant(pick['induce'])} (induce)"
     return (
         f"{reason[:1].upper()}{reason[1:]}. With the pick ablated, the mean refusal score on harmful validation "
-        f"prompts goes {bypass}; with it added, that on harmless ones {induce}; the first token's KL on harmless prompts is "
-        f"{significant(pick['kl'])} nats. The rule takes the lowest bypass among candidates with KL at most "
+        f"prompts goes {bypass}; with it added, that on harmless ones {induce}; the first token's KL on harmless ones "
+        f"is {significant(pick['kl'])} nats. The rule takes the lowest bypass among candidates with KL at most "
         f"{limits['max_kl']:g}, induce at least {limits['min_induce']:g}, and a layer below "
         f"{limits['max_layer_fraction']:g} of the depth; "
         f"{len(selection['candidates'])} candidates were {_searched(selection)}."
@@ -93,12 +93,14 @@ def _gains(edit: Manifest, strength: str) -> str:
     if forms["oblique"]:
         texts.append(
             f"Where a norm with gain *g* follows ({forms['oblique']} tensors), the projection is oblique, which is "
-            f"exact after the gain:\n\n$$ W \\leftarrow W - {strength}(r \\oslash g)\\,\\big((g \\odot r)^\\top W\\big) $$"
+            "exact after the gain:\n\n"
+            f"$$ W \\leftarrow W - {strength}(r \\oslash g)\\,\\big((g \\odot r)^\\top W\\big) $$"
         )
     if forms["orthogonal"]:
         texts.append(
             f"Where such a gain is close to 0 somewhere ({forms['orthogonal']} tensors), the projection is "
-            f"orthogonal:\n\n$$ W \\leftarrow W - {strength}u\\,(u^\\top W), \\qquad u = \\frac{{g \\odot r}}{{\\lVert g \\odot r \\rVert}} $$"
+            f"orthogonal:\n\n$$ W \\leftarrow W - {strength}u\\,(u^\\top W), "
+            "\\qquad u = \\frac{g \\odot r}{\\lVert g \\odot r \\rVert} $$"
         )
     return "\n\n".join(texts)
 
