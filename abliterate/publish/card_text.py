@@ -5,7 +5,7 @@ from typing import Any
 
 from abliterate.publish.base_card import Inherited, is_hub_id
 from abliterate.publish.card_method import method_text
-from abliterate.publish.figures import metric_rows, percent, significant, writer_groups
+from abliterate.publish.figures import claim_of, metric_rows, percent, significant, writer_groups
 from abliterate.publish.markdown import block, bullets, code, link, plain, table
 from abliterate.publish.usage import usage
 
@@ -49,7 +49,7 @@ def _notices(manifest: Manifest) -> str:
     elif not certificate["holds"]:
         notices.append(
             "> **The certificate does not hold.** The direction is still in the residual stream of these weights, so "
-            f"this is not a finished conversion: {_claim(certificate)}."
+            f"this is not a finished conversion: {plain(claim_of(certificate))}."
         )
     if selection and selection["relaxed"]:
         notices.append(
@@ -57,12 +57,6 @@ def _notices(manifest: Manifest) -> str:
             f"may cost more than refusals: {plain(selection['reason'])}."
         )
     return "\n\n".join(notices)
-
-
-def _claim(certificate: Manifest) -> str:
-    """Without the verdict and the full stop, which the sentences here bring."""
-    claim: str = certificate["claim"]
-    return plain(claim.removeprefix("does not hold: ").removeprefix("not exact: ").rstrip("."))
 
 
 def _statement(manifest: Manifest, inherited: Inherited) -> str:
@@ -151,7 +145,7 @@ def _how_measured(edited: Manifest) -> str:
 def _certificate(manifest: Manifest) -> dict[str, str]:
     certificate, stream = manifest["certificate"], manifest["certificate"]["stream"]
     failed = "Does not hold" if manifest["edit"]["strength"] == 1 else "Not exact"
-    text = f"**{'Holds' if certificate['holds'] else failed}:** {_claim(certificate)}."
+    text = f"**{'Holds' if certificate['holds'] else failed}:** {plain(claim_of(certificate))}."
     rows = [_worst_row(manifest)]
     if stream is None:
         text += " The stream was not measured."

@@ -26,12 +26,24 @@ def portable_text(text: str) -> str:
 
 
 def portable_command(command: str) -> str:
-    """A shell command with every argument that is, or holds, a rooted path reduced to its last component."""
+    """A shell command with every argument that is a rooted path reduced to its last component.
+
+    The text after `--system-prompt` is no path, whatever it looks like (`/no_think`), and stays.
+    """
     try:
         words = shlex.split(command)
     except ValueError:
         return portable_text(command)
-    return shlex.join(portable_text(portable_name(word)) for word in words)
+    before = ["", *words]
+    return shlex.join(
+        word if last == "--system-prompt" or word.startswith("--system-prompt=") else _portable_word(word)
+        for last, word in zip(before, words, strict=False)
+    )
+
+
+def _portable_word(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return f"{flag}={portable_name(value)}" if equals and flag.startswith("--") else portable_name(word)
 
 
 def portable_values(value: Any) -> Any:

@@ -132,6 +132,12 @@ def test_no_folder_of_this_machine_is_published(validator: Validator, manifest: 
     assert written["reproduce"] == "abliterate convert pico out/x --harmful=bad.jsonl"
 
 
+def test_a_system_prompt_is_no_path(change: Change) -> None:
+    command = "abliterate convert a/b OUT --system-prompt '/no_think /a/b' --template /x/y.jinja"
+    written = json.loads(manifest_bytes(change("reproduce", command)))["reproduce"]
+    assert written == "abliterate convert a/b OUT --system-prompt '/no_think /a/b' --template y.jinja"
+
+
 def test_names_that_are_no_paths_stay(manifest: Manifest) -> None:
     texts = json.loads(manifest_bytes(manifest))
     assert texts["base"]["id"] == "example-org/Pico-Chat-135M"

@@ -1,0 +1,194 @@
+import copy
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from abliterate.architecture.writer import Gain, Plan, Role, TensorRole, Writer
+from abliterate.evaluation.metrics import Evaluation
+from abliterate.publish import summary
+from abliterate.publish.figures import percent, ranges, significant, sizes, visible
+from abliterate.publish.plan_view import plan_table
+from abliterate.publish.summary import closing_table, compare_table, selection_table, writers_table
+
+Manifest = dict[str, Any]
+Change = Callable[[str, Any], Manifest]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def _text(renderable: RenderableType, **options: Any) -> str:
+    file = io.StringIO()
+    Console(file=file, width=80, highlight=False, markup=False, **options).print(renderable)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def _same(name: str, text: str) -> None:
+    """Equal to the golden file; ABLITERATE_WRITE_GOLDEN=1 writes it anew."""
+    path = GOLDEN / name
+    if os.environ.get("ABLITERATE_WRITE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Three layers of a model with output norms; the last has no MLP."""
+    writers = [Writer("model.embed_tokens.weight", "embedding", 1, None, None)]
+    named: list[tuple[str, Role, str]] = [("model.embed_tokens.weight", "writer", "embedding")]
+    for i in range(3):
+        layer = f"model.layers.{i}"
+        gain = Gain(f"{layer}.post_attention_layernorm.weight", 1.0)
+        writers.append(Writer(f"{layer}.self_attn.o_proj.weight", "attention", 0, gain, i))
+        if i < 2:
+            writers.append(Writer(f"{layer}.mlp.down_proj.weight", "mlp", 0, None, i))
+            named.append((f"{layer}.mlp.down_proj.weight", "writer", "MLP out"))
+        named += [
+            (f"{layer}.self_attn.o_proj.weight", "writer", "attention out"),
+            (f"{layer}.self_attn.q_proj.weight", "reader", "reads the stream"),
+            (gain.tensor, "norm", f"gain after layers.{i}.self_attn"),
+        ]
+    named.append(("rotary.inv_freq", "outside", "buffer"))
+    roles = tuple(TensorRole(*each) for each in named)
+    return Plan(
+        "gemma3_text",
+        "gemma3",
+        1152,
+        3,
+        True,
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "tie_word_embeddings",
+        "model.layers",
+        tuple(writers),
+        roles,
+    )
+
+
+def test_golden_closing(manifest: Manifest, gemma_manifest: Manifest) -> None:
+    gemma_manifest["warnings"] = ["no chat template: refusals were not measured"]
+    texts = (
+        _text(closing_table(manifest, "Pico-out")),
+        _text(closing_table(gemma_manifest)),
+        _text(writers_table(gemma_manifest["edit"]["writers"])),
+    )
+    _same("closing.txt", "\n".join(texts))
+
+
+def test_golden_selection(manifest: Manifest) -> None:
+    _same("selection.txt", _text(selection_table(manifest["selection"])))
+
+
+def test_golden_plan(plan: Plan) -> None:
+    whole = {tensor.name: 3_000_000 for tensor in plan.roles}
+    _same("plan.txt", _text(plan_table(plan)) + "\n" + _text(plan_table(plan, whole)))
+
+
+def test_plan_accounts_for_every_tensor(plan: Plan) -> None:
+    lines = _text(plan_table(plan)).splitlines()
+    counts = [
+        int(line.split()[-1]) for line in lines if line.split() and line.split()[-1].isdigit() and ".weight" in line
+    ]
+    assert sum(counts) + 1 == len(plan.roles), "the buffer besides"
+    assert lines[-1] == "13 tensors: 6 writers, 3 readers, 3 norms, 1 outside"
+    assert "  layers 0–1" in lines
+    only = replace(plan, roles=tuple(tensor for tensor in plan.roles if tensor.role == "writer"))
+    assert "kept" not in _text(plan_table(only))
+
+
+def test_groups_do_not_hide_differences(plan: Plan) -> None:
+    """The same name with another axis or gain is a row of its own."""
+    other = replace(plan.writers[1], gain=None)
+    text = _text(plan_table(replace(plan, writers=(plan.writers[0], other, *plan.writers[2:]))))
+    assert text.count("model.layers.N.self_attn.o_proj.weight") == 2
+
+
+def test_nothing_is_wider_than_the_terminal_or_coloured_when_piped(manifest: Manifest) -> None:
+    manifest["certificate"]["writers"]["worst"]["tensor"] = "model." + "x" * 200 + ".weight"
+    text = _text(closing_table(manifest, "/a/" + "b" * 150))
+    assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
+    assert "x" * 30 in text and text.replace("\n", "").replace(" ", "").count("b" * 150) == 1
+    assert "\x1b[" in _text(closing_table(manifest), force_terminal=True, color_system="standard")
+
+
+def test_failed_certificate(manifest: Manifest) -> None:
+    certificate = manifest["certificate"]
+    certificate.update(holds=False, exact=False, claim="does not hold: the [bold]direction[/INST] is back")
+    certificate["writers"]["failed"] = [f"layer.{i}.weight" for i in range(7)]
+    certificate["stream"].update(holds=False, first_failure="the input of layer 3")
+    text = _text(closing_table(manifest))
+    assert "certificate  does not hold\n             the [bold]direction[/INST] is back\n" in text
+    assert "layer.4.weight and 2 more" in " ".join(text.split()) and "back at the input of layer 3" in " ".join(
+        text.split()
+    )
+    certificate.update(claim="not exact: strength 0.5 leaves part")
+    assert "certificate  not exact, nothing is certified\n" in _text(closing_table(manifest))
+
+
+def test_relaxed_pick(change: Change) -> None:
+    relaxed = change("selection.relaxed", True)
+    assert "KL bound relaxed" in _text(closing_table(relaxed))
+    assert "picked (KL bound relaxed)" in _text(selection_table(relaxed["selection"]))
+
+
+def test_selection_is_ranked(manifest: Manifest) -> None:
+    selection = copy.deepcopy(manifest["selection"])
+    selection["candidates"].reverse()
+    rows = [line.split() for line in _text(selection_table(selection, most=150)).splitlines()[2:-1]]
+    assert [row[:2] for row in rows[:5]] == [["-1", "14"], ["-1", "15"], ["-1", "13"], ["-2", "13"], ["-2", "14"]]
+    assert len(rows) == 150 and rows[-1][2:] == ["–", "–", "–", "0", "layer", "too", "late"]
+
+
+def test_comparison_leaves_out_what_was_not_measured(manifest: Manifest) -> None:
+    base = manifest["evaluation"]["base"]
+    text = _text(compare_table({"org/one": base}))
+    assert "org/one" in text and "KL from the base" not in text and "98.4 % (63/64)" in text
+    assert "3.042" in text and "–" not in text
+
+
+@dataclass(frozen=True)
+class _Report:
+    name: str
+    evaluation: Evaluation
+    baseline_name: str | None = None
+    baseline: Evaluation | None = None
+
+
+def test_printing(manifest: Manifest, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = Evaluation(**manifest["evaluation"]["base"])
+    summary.print_conversion(manifest, "Pico-out")
+    assert "written      Pico-out" in capsys.readouterr().out
+    summary.print_selection(manifest["selection"])
+    assert "picked" in capsys.readouterr().out
+    summary.print_plan(plan)
+    assert "13 tensors" in capsys.readouterr().out
+    summary.print_certificate(manifest["certificate"], ["a.safetensors"], True)
+    assert "not those of the manifest: a.safetensors" in capsys.readouterr().out
+    summary.print_certificate(manifest["certificate"], [], False)
+    assert "no manifest to compare with" in capsys.readouterr().out
+    summary.print_evaluation(_Report("out", evaluation))
+    assert capsys.readouterr().out.split("\n")[0].split() == ["out"]
+    summary.print_evaluation(_Report("same", evaluation, "same", evaluation))
+    assert capsys.readouterr().out.split("\n")[0].split() == ["same", "(baseline)", "same"]
+
+
+def test_figures() -> None:
+    values = [0, 0.0413, 12.34, 6.9e-6, 123456, 1e9, -4.499, 0.00012345, 9.999, None, float("nan"), float("inf")]
+    texts = ["0", "0.0413", "12.3", "6.90e-6", "123456", "1.00e9", "-4.50", "1.23e-4", "10.0", "–", "–", "–"]
+    assert [significant(value) for value in values] == texts
+    assert [percent(r) for r in (0, 1, 0.984375, 0.9996, 0.0001, None)] == [
+        "0 %",
+        "100 %",
+        "98.4 %",
+        "99.96 %",
+        "0.01 %",
+        "–",
+    ]
+    assert percent(0.984375, 64) == "98.4 % (63/64)"
+    assert ranges([3, 1, 2, 7, 9, 8, 5]) == "1–3, 5, 7–9" and ranges([]) == ""
+    assert sizes(0) == "0 B" and sizes(269060552) == "257 MiB" and sizes(1023 * 2**30) == "0.999 TiB"
+    assert visible("\n\u200b a") == "'\\n\\u200b a'" and visible("\udce2") == "'\\udce2'"
