@@ -1,5 +1,6 @@
 """Results on the terminal: tables that fit 80 columns, and are plain text when piped."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -146,7 +147,7 @@ def _print(renderable: RenderableType) -> None:
 
 def _rank(row: Record) -> tuple[int, float, int, int]:
     """The pick, what passes by bypass, then what a filter drops; what was not measured last."""
-    bypass = row["bypass"] if row["bypass"] is not None else float("inf")
+    bypass = row["bypass"] if row["bypass"] is not None and math.isfinite(row["bypass"]) else math.inf
     return _ORDER.index(row["status"]), bypass, row["layer"], -row["position"]
 
 

@@ -138,8 +138,20 @@ def test_relaxed_pick(change: Change) -> None:
 def test_selection_is_ranked(manifest: Manifest) -> None:
     selection = copy.deepcopy(manifest["selection"])
     selection["candidates"].reverse()
+    odd = {
+        "position": -9,
+        "layer": 1,
+        "bypass": float("nan"),
+        "induce": 1.0,
+        "kl": 0.0,
+        "prompts": 4,
+        "status": "screened",
+    }
+    selection["candidates"].insert(70, odd)
     rows = [line.split() for line in _text(selection_table(selection, most=150)).splitlines()[2:-1]]
     assert [row[:2] for row in rows[:5]] == [["-1", "14"], ["-1", "15"], ["-1", "13"], ["-2", "13"], ["-2", "14"]]
+    dropped = [float(row[2]) for row in rows if row[-2:] == ["dropped", "early"] and row[2] != "–"]
+    assert dropped == sorted(dropped) and len(dropped) > 40
     assert len(rows) == 150 and rows[-1][2:] == ["–", "–", "–", "0", "layer", "too", "late"]
 
 
