@@ -1,0 +1,209 @@
+"""A checkpoint folder: configuration, shards and index, checked against one another before anything is built on them."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from abliterate.checkpoint.header import Header, TensorInfo, read_header
+from abliterate.errors import CheckpointError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_JSON_BYTES = 100_000_000
+IGNORED_FOLDERS = frozenset({".git", ".cache"})
+"""What `git` and the Hub client keep for themselves in a folder; never part of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose parts agree with one another.
+
+    Attributes:
+        folder: where it is.
+        config: config.json.
+        shards: headers of its safetensors files, in the order of their names.
+        index: the index file; None where there is a single shard without one.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    shards: tuple[Header, ...]
+    index: Path | None
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, in the order of shards and of their data."""
+        return {name: info for shard in self.shards for name, info in shard.tensors.items()}
+
+    @cached_property
+    def _homes(self) -> Mapping[str, Header]:
+        return {name: shard for shard in self.shards for name in shard.tensors}
+
+    def shard_of(self, name: str) -> Header:
+        """The shard that holds a tensor.
+
+        Raises:
+            CheckpointError: no shard does.
+        """
+        if name not in self._homes:
+            raise CheckpointError(f"{self.folder} has no tensor {name}")
+        return self._homes[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all shards, headers included."""
+        return sum(shard.file_size for shard in self.shards)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads configuration, index and headers of a checkpoint folder, and no weights.
+
+    Raises:
+        CheckpointError: something is missing, damaged, contradictory, points outside the folder, or quantized.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint or a Hub id")
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG}, so it is no checkpoint; download it whole")
+    _check_links(folder)
+    config = read_json(folder / CONFIG)
+    _refuse_quantized(folder, config)
+    index = _find_index(folder)
+    if index is None:
+        return Checkpoint(folder, config, (read_header(_single_shard(folder)),), None)
+    placed = _weight_map(index)
+    shards = tuple(read_header(folder / name) for name in sorted(set(placed.values())))
+    _check_index(index, placed, shards)
+    return Checkpoint(folder, config, shards, index)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, too large, or holds something else.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes, too much for a JSON file")
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not valid JSON ({' '.join(str(error).split())[:200]}): download it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object: download it again")
+    return value
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Every file below the folder, sorted, without what `git` and the Hub client keep there."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in IGNORED_FOLDERS)
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
+        yield from (Path(parent) / name for name in sorted([*names, *links]))
+
+
+def _check_links(folder: Path) -> None:
+    """A link in a downloaded folder must not carry a file of this machine into what is published."""
+    root = folder.resolve()
+    for path in files_in(folder):
+        if path.is_symlink() and not _stays(path.resolve(), root):
+            raise CheckpointError(
+                f"{path} is a link to a place outside the checkpoint; put the file itself there, or remove it"
+            )
+
+
+def _stays(target: Path, root: Path) -> bool:
+    """Inside the folder, or a file of the Hub client's cache (models--ORG--NAME/blobs/HASH)."""
+    blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return target.is_file() and (blob or target.is_relative_to(root))
+
+
+def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    for part in (config, *nested):
+        quantization = part.get("quantization_config") or part.get("compression_config")
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise CheckpointError(
+                f"{folder} is quantized with {str(method or 'an unnamed method')[:80]!r}, which is not handled yet; "
+                "convert the unquantized checkpoint"
+            )
+
+
+def _find_index(folder: Path) -> Path | None:
+    found = sorted(path for path in folder.iterdir() if path.name.endswith(INDEX_SUFFIX))
+    standard = [path for path in found if path.name == f"model{INDEX_SUFFIX}"]
+    if len(found) > 1 and not standard:
+        raise CheckpointError(
+            f"{folder} has several indices ({', '.join(p.name for p in found)}); keep the one to convert"
+        )
+    index = (standard or found or [None])[0]
+    if index and (folder / SINGLE).exists() and set(_weight_map(index).values()) != {SINGLE}:
+        raise CheckpointError(f"{folder} has both {SINGLE} and {index.name} with other shards; keep the one to convert")
+    return index
+
+
+def _single_shard(folder: Path) -> Path:
+    if (folder / SINGLE).is_file():
+        return folder / SINGLE
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        raise CheckpointError(
+            f"{folder} has neither {SINGLE} nor an index of shards, only {others[0]}; download it whole"
+        )
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    found = f", only {pickled[0]}" if pickled else ""
+    raise CheckpointError(f"{folder} has no safetensors weights{found}; {HOW_TO_CONVERT}")
+
+
+HOW_TO_CONVERT = "load it with transformers and write it again with save_pretrained, which makes safetensors"
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor to shard. The names of shards are data from outside: plain file names only."""
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to shards: download it again")
+    for name in sorted(set(placed.values())):
+        if not _is_plain(name):
+            raise CheckpointError(
+                f"{index} names {name[:200]!a} as a shard, which is not a plain name of a .safetensors file"
+            )
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names the shard {name}, which is missing: download it")
+    return placed
+
+
+def _is_plain(name: str) -> bool:
+    return (
+        name.isprintable()
+        and name.endswith(".safetensors")
+        and not any(mark in name for mark in "/\\:")
+        and len(name) < 256
+    )
+
+
+def _check_index(index: Path, placed: Mapping[str, str], shards: tuple[Header, ...]) -> None:
+    counts = Counter(name for shard in shards for name in shard.tensors)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        homes = [shard.path.name for shard in shards if twice in shard.tensors]
+        raise CheckpointError(f"{index.parent}: tensor {twice} is in {homes[0]} and in {homes[1]}; keep one of them")
+    for shard in shards:
+        for name in shard.tensors:
+            if placed.get(name) != shard.path.name:
+                raise CheckpointError(f"{shard.path} holds tensor {name}, which {index.name} does not place there")
+    missing = next((name for name in placed if name not in counts), None)
+    if missing is not None:
+        raise CheckpointError(f"{index} places tensor {missing[:200]!a} in {placed[missing]}, which does not hold it")

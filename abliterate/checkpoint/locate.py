@@ -1,0 +1,112 @@
+"""Where a checkpoint is: a folder, or a Hub id that huggingface_hub brings into its cache."""
+
+import errno
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from abliterate.checkpoint.files import HOW_TO_CONVERT
+from abliterate.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+OTHER_WEIGHTS: Sequence[str] = (
+    "*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.ot",
+    "*.onnx", "*.onnx_data", "*.tflite", "*.mlmodel", "*.mlpackage/*", "*.nemo", "consolidated*.safetensors",
+)  # fmt: skip
+"""Weights in other formats than the one that is converted, as `fnmatch` patterns of names."""
+_SECRET = re.compile(r"hf_\w+|(?<=://)[^/@\s]+@|(?i:bearer)\s+\S+|\?\S*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A located checkpoint.
+
+    Attributes:
+        folder: where its files are.
+        model_id: its Hub id; None for a local folder.
+        revision: the branch, tag or commit that was asked for.
+        commit: the commit that it stood for.
+    """
+
+    folder: Path
+    model_id: str | None
+    revision: str | None
+    commit: str | None
+
+
+def resolve(model: str, revision: str | None = None) -> Source:
+    """Finds a checkpoint, downloading it where needed; without a network the Hub client's cache is used.
+
+    Args:
+        model: an existing folder (which wins), or a Hub id `org/name` or `org/name@revision`.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        CheckpointError: it cannot be found or fetched, or `model` and `revision` contradict each other.
+    """
+    if Path(model).is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{model} is a folder here and has no revisions; leave out the revision {revision!r}")
+        return Source(Path(model), None, None, None)
+    if Path(model).exists():
+        raise CheckpointError(f"{model} is a file; give the folder of a checkpoint or a Hub id")
+    model_id, _, named = model.partition("@")
+    if named and revision is not None and named != revision:
+        raise CheckpointError(
+            f"{model} names the revision {named!r} and the revision {revision!r} is asked for; give one"
+        )
+    _check_id(model, model_id, named)
+    wanted = named or revision
+    folder = _download(model_id, wanted)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{model_id} has no safetensors weights on the Hub; {HOW_TO_CONVERT}")
+    return Source(folder, model_id, wanted, folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None)
+
+
+def _check_id(model: str, model_id: str, revision: str) -> None:
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{model[:200]!a} is not a folder here, and not a Hub id (org/name or org/name@revision)"
+        ) from error
+    if model.endswith("@") or "@" in revision:
+        raise CheckpointError(f"{model[:200]!a} is not a folder here, and its revision after the @ is not one")
+
+
+def _download(model_id: str, revision: str | None) -> Path:
+    log.info("fetching %s%s", model_id, f"@{revision}" if revision else "")
+    try:
+        found = huggingface_hub.snapshot_download(model_id, revision=revision, ignore_patterns=list(OTHER_WEIGHTS))
+    except Exception as error:  # the client's own transport errors have no common base
+        raise CheckpointError(_explain(error, model_id, revision)) from error
+    return Path(str(found))
+
+
+def _explain(error: Exception, model_id: str, revision: str | None) -> str:
+    """One line about what the Hub client raised. GatedRepoError is a RepositoryNotFoundError, so it comes first."""
+    if isinstance(error, GatedRepoError):
+        return f"{model_id} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{model_id} is not a folder here, and not on the Hub under that name, or is private: check the name, or log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{model_id} has no revision {revision!r} on the Hub; name a branch, tag or full commit"
+    if isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError):
+        return f"{model_id} is not a folder here, not whole in the Hub cache, and the Hub cannot be reached: connect, or give a folder"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"disk full while fetching {model_id}: free space, or set HF_HOME to a folder on another disk"
+    reason = " ".join(_SECRET.sub("…", str(error)).split())[:200]
+    return f"{model_id} cannot be fetched from the Hub ({type(error).__name__}: {reason}); try again"

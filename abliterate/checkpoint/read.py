@@ -1,0 +1,109 @@
+"""Tensors from disk in blocks of rows, with plain reads: memory is one block, whatever the tensor's size."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from abliterate.checkpoint.header import DTYPES, Header, TensorInfo
+from abliterate.errors import CheckpointError
+
+BLOCK_BYTES = 8 << 20
+
+
+def iter_blocks(header: Header, info: TensorInfo, max_bytes: int = BLOCK_BYTES) -> Iterator[tuple[slice, Tensor]]:
+    """Yields a tensor in blocks along axis 0.
+
+    Args:
+        header: the shard that holds it.
+        info: the tensor.
+        max_bytes: of one block; at least one row is read even where a row is larger.
+
+    Yields:
+        The range of rows, and a CPU tensor [rows, ...] of the stored dtype in memory of its own. Tensors of 0 and 1
+        dimensions come as one block (a scalar's range is `slice(0, 1)`); a tensor without elements yields nothing.
+
+    Raises:
+        CheckpointError: the shard cannot be read, or ends before the tensor does.
+    """
+    with open_shard(header) as fd:
+        yield from blocks_of(fd, header, info, max_bytes)
+
+
+def read_tensor(header: Header, info: TensorInfo) -> Tensor:
+    """Reads a whole tensor in its stored dtype and shape.
+
+    Raises:
+        CheckpointError: the shard cannot be read, or ends before the tensor does.
+    """
+    with open_shard(header) as fd:
+        return _read(fd, header, info, 0, info.nbytes).reshape(info.shape)
+
+
+def blocks_of(fd: int, header: Header, info: TensorInfo, max_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    """`iter_blocks` on a shard that is already open."""
+    if info.numel == 0:
+        return
+    if len(info.shape) < 2:
+        yield slice(0, info.numel), _read(fd, header, info, 0, info.nbytes).reshape(info.shape)
+        return
+    rows, row_bytes = info.shape[0], info.nbytes // info.shape[0]
+    step = max(1, max_bytes // row_bytes)
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        block = _read(fd, header, info, first * row_bytes, last * row_bytes)
+        yield slice(first, last), block.reshape(last - first, *info.shape[1:])
+
+
+@contextmanager
+def open_shard(header: Header) -> Iterator[int]:
+    """Opens a shard for reading.
+
+    Yields:
+        The file descriptor.
+
+    Raises:
+        CheckpointError: it cannot be opened, or is not the file whose header was read.
+    """
+    try:
+        fd = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{header.path} cannot be read: {error.strerror}") from error
+    try:
+        if os.fstat(fd).st_size != header.file_size:
+            raise changed(header.path)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fills `view` from `offset` in the file.
+
+    Raises:
+        CheckpointError: the file ends early, or cannot be read.
+    """
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if count == 0:
+            raise changed(path)
+        done += count
+
+
+def changed(path: Path) -> CheckpointError:
+    """The error for a file that is no longer what it was."""
+    return CheckpointError(f"{path} changed while it was read; start again when nothing writes to it")
+
+
+def _read(fd: int, header: Header, info: TensorInfo, first: int, last: int) -> Tensor:
+    """Bytes [first, last) of a tensor as a flat tensor of its dtype."""
+    buffer = torch.empty(last - first, dtype=torch.uint8)
+    read_exactly(fd, memoryview(buffer.numpy()), header.data_start + info.start + first, header.path)
+    return buffer.view(DTYPES[info.dtype])
