@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.checkpoint.files import INDEX_SUFFIX, OTHER_WEIGHTS, Checkpoint, read_json
+from abliterate.checkpoint.files import INDEX_SUFFIX, Checkpoint, read_json
 from abliterate.errors import OutputError
 
 log = logging.getLogger(__name__)
 RENAMED = {"README.md": "README.base.md", "abliteration.json": "abliteration.base.json"}
+OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
 LEFT_OUT_FOLDERS = (".git", ".cache", "__pycache__", "onnx", "original")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from abliterate.checkpoint.files import Checkpoint, read_json
 from abliterate.checkpoint.header import Header, TensorInfo
-from abliterate.checkpoint.read import BLOCK, read_rows, row_ranges
+from abliterate.checkpoint.read import BLOCK_BYTES, blocks_of
 from abliterate.errors import CheckpointError, OutputError
 from abliterate.progress import SILENT, Advance, Progress
 
@@ -165,10 +165,9 @@ class _Shard:
     def _edit(self, source: int, target: int, info: TensorInfo, write_at: int) -> None:
         edit = self.edits[info.name]
         for _ in range(edit.passes):
-            for rows in row_ranges(info, BLOCK):
-                edit.measure(rows, read_rows(source, self.header, info, rows))
-        for rows in row_ranges(info, BLOCK):
-            block = read_rows(source, self.header, info, rows)
+            for rows, block in blocks_of(source, self.header, info, BLOCK_BYTES):
+                edit.measure(rows, block)
+        for rows, block in blocks_of(source, self.header, info, BLOCK_BYTES):
             edited = edit.apply(rows, block)
             if edited.shape != block.shape or edited.dtype != block.dtype:
                 raise CheckpointError(f"{info.name}: an edit may not change shape or dtype")
@@ -209,7 +208,7 @@ def _copy_range(source: int, target: int, read_at: int, write_at: int, count: in
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
                 raise
-    data = os.pread(source, min(count, BLOCK), read_at)
+    data = os.pread(source, min(count, BLOCK_BYTES), read_at)
     _write_all(target, data, write_at)
     return len(data)
 
