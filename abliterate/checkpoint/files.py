@@ -1,9 +1,9 @@
-"""A checkpoint folder: configuration, shards and index, checked against one another before anything is built on them."""
+"""A checkpoint folder: configuration, shards and index, checked against one another before anything builds on them."""
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,12 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_JSON_BYTES = 100_000_000
+HOW_TO_CONVERT = "load it with transformers and write it again with save_pretrained, which makes safetensors"
+OTHER_WEIGHTS: Sequence[str] = (
+    "*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.ot",
+    "*.onnx", "*.onnx_data", "*.tflite", "*.mlmodel", "*.mlpackage/*", "*.nemo", "consolidated*.safetensors",
+)  # fmt: skip
+"""Weights in other formats than the one that is converted, as `fnmatch` patterns: neither fetched nor carried over."""
 IGNORED_FOLDERS = frozenset({".git", ".cache"})
 """What `git` and the Hub client keep for themselves in a folder; never part of a checkpoint."""
 
@@ -147,7 +153,7 @@ def _find_index(folder: Path) -> Path | None:
         raise CheckpointError(
             f"{folder} has several indices ({', '.join(p.name for p in found)}); keep the one to convert"
         )
-    index = (standard or found or [None])[0]
+    index = next(iter(standard or found), None)
     if index and (folder / SINGLE).exists() and set(_weight_map(index).values()) != {SINGLE}:
         raise CheckpointError(f"{folder} has both {SINGLE} and {index.name} with other shards; keep the one to convert")
     return index
@@ -165,9 +171,6 @@ def _single_shard(folder: Path) -> Path:
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     found = f", only {pickled[0]}" if pickled else ""
     raise CheckpointError(f"{folder} has no safetensors weights{found}; {HOW_TO_CONVERT}")
-
-
-HOW_TO_CONVERT = "load it with transformers and write it again with save_pretrained, which makes safetensors"
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -225,7 +225,7 @@ def _check_layout(path: Path, infos: list[TensorInfo], data_bytes: int) -> None:
         if info.start != end:
             kind = "overlaps the tensor before it" if info.start < end else "leaves a gap before it"
             raise CheckpointError(
-                f"{path}: tensor {_short(info.name)} {kind} (starts at {info.start}, expected {end}); the file is corrupt"
+                f"{path}: tensor {_short(info.name)} {kind} (starts at {info.start}, not {end}); the file is corrupt"
             )
         end = info.end
     if end != data_bytes:

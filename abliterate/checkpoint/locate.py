@@ -3,7 +3,6 @@
 import errno
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +14,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from abliterate.checkpoint.files import HOW_TO_CONVERT
+from abliterate.checkpoint.files import HOW_TO_CONVERT, OTHER_WEIGHTS
 from abliterate.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-OTHER_WEIGHTS: Sequence[str] = (
-    "*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.ot",
-    "*.onnx", "*.onnx_data", "*.tflite", "*.mlmodel", "*.mlpackage/*", "*.nemo", "consolidated*.safetensors",
-)  # fmt: skip
-"""Weights in other formats than the one that is converted, as `fnmatch` patterns of names."""
 _SECRET = re.compile(r"hf_\w+|(?<=://)[^/@\s]+@|(?i:bearer)\s+\S+|\?\S*")
 
 
@@ -57,12 +51,10 @@ def resolve(model: str, revision: str | None = None) -> Source:
     Raises:
         CheckpointError: it cannot be found or fetched, or `model` and `revision` contradict each other.
     """
-    if Path(model).is_dir():
+    if _is_folder(model):
         if revision is not None:
             raise CheckpointError(f"{model} is a folder here and has no revisions; leave out the revision {revision!r}")
         return Source(Path(model), None, None, None)
-    if Path(model).exists():
-        raise CheckpointError(f"{model} is a file; give the folder of a checkpoint or a Hub id")
     model_id, _, named = model.partition("@")
     if named and revision is not None and named != revision:
         raise CheckpointError(
@@ -74,6 +66,15 @@ def resolve(model: str, revision: str | None = None) -> Source:
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{model_id} has no safetensors weights on the Hub; {HOW_TO_CONVERT}")
     return Source(folder, model_id, wanted, folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None)
+
+
+def _is_folder(model: str) -> bool:
+    try:
+        if Path(model).is_file():
+            raise CheckpointError(f"{model} is a file; give the folder of a checkpoint or a Hub id")
+        return Path(model).is_dir()
+    except OSError:  # too long for a name, a folder that may not be entered
+        return False
 
 
 def _check_id(model: str, model_id: str, revision: str) -> None:
@@ -101,11 +102,13 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
     if isinstance(error, GatedRepoError):
         return f"{model_id} is gated: accept its terms on its Hub page, then log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{model_id} is not a folder here, and not on the Hub under that name, or is private: check the name, or log in with `hf auth login`"
+        return f"{model_id} is not a folder here, and not on the Hub or private: check the name, or `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
         return f"{model_id} has no revision {revision!r} on the Hub; name a branch, tag or full commit"
     if isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError):
-        return f"{model_id} is not a folder here, not whole in the Hub cache, and the Hub cannot be reached: connect, or give a folder"
+        return (
+            f"{model_id} is not a folder here, not whole in the Hub's cache, and the Hub cannot be reached: go online"
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"disk full while fetching {model_id}: free space, or set HF_HOME to a folder on another disk"
     reason = " ".join(_SECRET.sub("…", str(error)).split())[:200]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,8 +103,14 @@ def changed(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} changed while it was read; start again when nothing writes to it")
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
 def _read(fd: int, header: Header, info: TensorInfo, first: int, last: int) -> Tensor:
     """Bytes [first, last) of a tensor as a flat tensor of its dtype."""
     buffer = torch.empty(last - first, dtype=torch.uint8)
-    read_exactly(fd, memoryview(buffer.numpy()), header.data_start + info.start + first, header.path)
+    read_exactly(fd, bytes_of(buffer), header.data_start + info.start + first, header.path)
     return buffer.view(DTYPES[info.dtype])
