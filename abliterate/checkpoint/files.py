@@ -77,7 +77,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint or a Hub id")
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}, so it is no checkpoint; download it whole")
-    _check_links(folder)
+    check_links(folder)
     config = read_json(folder / CONFIG)
     _refuse_quantized(folder, config)
     index = _find_index(folder)
@@ -118,13 +118,17 @@ def files_in(folder: Path) -> Iterator[Path]:
         yield from (Path(parent) / name for name in sorted([*names, *links]))
 
 
-def _check_links(folder: Path) -> None:
-    """A link in a downloaded folder must not carry a file of this machine into what is published."""
+def check_links(folder: Path) -> None:
+    """Refuses links out of the folder: they would carry files of this machine into what is published.
+
+    Raises:
+        CheckpointError: naming the link. Links into the Hub client's cache are how its snapshots are made, and fine.
+    """
     root = folder.resolve()
     for path in files_in(folder):
         if path.is_symlink() and not _stays(path.resolve(), root):
             raise CheckpointError(
-                f"{path} is a link to a place outside the checkpoint; put the file itself there, or remove it"
+                f"{path} is a link to no file inside the checkpoint; put the file itself there, or remove the link"
             )
 
 

@@ -1,163 +1,263 @@
-"""The output folder: built aside under a hidden name, and renamed into place only when it is whole."""
+"""The output folder: made aside under a hidden name on the same file system, and renamed when it is whole."""
 
-import json
+import contextlib
+import fcntl
 import logging
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from abliterate.checkpoint.files import INDEX_SUFFIX, Checkpoint, read_json
+from abliterate.checkpoint.carry import carry_over, update_config
+from abliterate.checkpoint.diskio import FULL, sync
+from abliterate.checkpoint.files import CONFIG
 from abliterate.errors import OutputError
 
+__all__ = ["Staging", "carry_over", "check_target", "staged", "update_config"]
+
 log = logging.getLogger(__name__)
-RENAMED = {"README.md": "README.base.md", "abliteration.json": "abliteration.base.json"}
-OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
-LEFT_OUT_FOLDERS = (".git", ".cache", "__pycache__", "onnx", "original")
+
+MANIFEST = "abliteration.json"
+FAILED = ".failed"
+OLD = ".old"
 
 
 @dataclass
 class Staging:
-    """A folder on its way to be `out`; gone when the block ends without publishing."""
+    """A folder on its way to OUT.
+
+    Attributes:
+        folder: where to write.
+        out: what it becomes, with links resolved.
+        published: what it became; None until then.
+    """
 
     folder: Path
     out: Path
-    published: bool = False
+    published: Path | None = field(default=None, init=False)
 
     def publish(self) -> Path:
-        """Renames the folder to OUT, in place of whatever `staged` was allowed to replace."""
-        return self._rename(self.out)
+        """Makes the folder OUT, in place of whatever `staged` was allowed to replace; returns OUT.
+
+        Raises:
+            OutputError: it could not be renamed; OUT is as it was before.
+        """
+        return self._become(self.out)
 
     def publish_failed(self) -> Path:
-        """Renames the folder to OUT.failed, in place of an earlier one; OUT stays as it was."""
-        return self._rename(self.out.with_name(f"{self.out.name}.failed"))
+        """Makes the folder OUT.failed, in place of an earlier one; OUT stays as it was. Returns OUT.failed.
 
-    def _rename(self, target: Path) -> Path:
-        _sync_tree(self.folder)
-        aside = None
-        if target.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            target.rename(aside / "old")
-        try:
-            self.folder.rename(target)
-        except BaseException:
-            if aside is not None:
-                (aside / "old").rename(target)
-                aside.rmdir()
-            raise
-        self.published = True
-        _sync(target.parent)
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+        Raises:
+            OutputError: it could not be renamed.
+        """
+        return self._become(_failed(self.out))
+
+    def _become(self, target: Path) -> Path:
+        with _writing(target):
+            for parent, _, names in os.walk(self.folder):
+                for name in names:
+                    sync(Path(parent) / name)
+                sync(Path(parent))
+            aside = self.folder.with_name(f"{self.folder.name}{OLD}{FAILED if target != self.out else ''}")
+            self._swap(target, aside)
+            sync(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
         return target
+
+    def _swap(self, target: Path, aside: Path) -> None:
+        """Moves what is at `target` aside and the folder there; puts the old one back where that fails."""
+        try:
+            if target.exists():
+                target.rename(aside)
+            self.folder.rename(target)
+            self.published = target
+        except BaseException:
+            if aside.exists() and not target.exists():
+                aside.rename(target)
+            raise
 
 
 def check_target(out: Path, *, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Whether OUT may be made.
+    """Whether OUT may be made, without touching anything.
+
+    Args:
+        out: the folder to make.
+        overwrite: it may hold a checkpoint, which is then replaced. Anything else is never removed.
+        inputs: folders that are read; neither they nor OUT may lie inside the other.
 
     Raises:
-        OutputError: it is a file, is not empty, or lies inside an input (or the other way round).
+        OutputError: saying what is in the way.
     """
-    place = out.resolve()
-    for source in (path.resolve() for path in inputs):
-        if place == source or place.is_relative_to(source) or source.is_relative_to(place):
-            raise OutputError(f"OUT ({out}) and MODEL ({source}) may not lie inside one another; choose another OUT")
-    if place.exists() and not place.is_dir():
-        raise OutputError(f"{out} is a file; OUT is the name of a folder to make")
-    if place.is_dir() and any(place.iterdir()) and not overwrite:
-        raise OutputError(f"{out} is not empty; choose another OUT, or --overwrite")
+    place = _resolved(out)
+    for path in inputs:
+        _check_apart(out, place, path.resolve())
+    try:
+        _check_free(out, place, overwrite)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be used as OUT ({error.strerror}); choose another one") from error
 
 
 @contextmanager
 def staged(out: Path, *, overwrite: bool, inputs: Sequence[Path]) -> Iterator[Staging]:
-    """Yields a hidden folder beside OUT; it is removed unless it was published, whatever happens.
+    """Yields a hidden folder beside OUT, which is removed unless it was published, whatever happens.
+
+    What a killed run left behind is removed first, and an OUT that it had moved aside is put back.
+
+    Args:
+        out: the folder to make.
+        overwrite: replace the checkpoint that is there, once the new one is whole.
+        inputs: folders that are read.
 
     Raises:
         OutputError: see `check_target`; or the place cannot be written to.
     """
+    place = _resolved(out)
+    with _writing(place):
+        _recover(place)
     check_target(out, overwrite=overwrite, inputs=inputs)
-    place = out.resolve()
+    with contextlib.ExitStack() as stack:
+        with _writing(place):
+            staging = _stage(place, stack)
+        try:
+            yield staging
+        except OSError as error:
+            if error.errno in FULL or _names(error, staging.folder):
+                raise OutputError(f"{place} cannot be written ({error.strerror}); free space or mend that") from error
+            raise
+
+
+def _stage(place: Path, stack: contextlib.ExitStack) -> Staging:
+    """Makes the hidden folder; what is made here is unmade when the stack is closed."""
+    for parent in _missing_parents(place):
+        parent.mkdir()
+        stack.callback(_remove_if_empty, parent)
+    staging = Staging(place.with_name(f"{_prefix(place)}{secrets.token_hex(4)}"), place)
+    stack.callback(_discard, staging)
+    staging.folder.mkdir()
+    stack.enter_context(_locked(staging.folder))
+    return staging
+
+
+def _names(error: OSError, folder: Path) -> bool:
+    """Whether the error is about a file inside the folder."""
+    return isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(folder)
+
+
+def _resolved(out: Path) -> Path:
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.abliterate-", dir=place.parent))
-        folder.chmod(0o777 & ~_umask())
-    except OSError as error:
-        raise OutputError(f"cannot write to {place.parent}: {error.strerror or error}") from error
-    staging = Staging(folder, place)
+        return out.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OutputError(f"{str(out)[:200]!a} cannot be used as OUT ({error}); choose another one") from error
+
+
+def _check_apart(out: Path, place: Path, source: Path) -> None:
+    if place == source:
+        raise OutputError(f"OUT ({out}) is the checkpoint that is read; choose another OUT")
+    if place.is_relative_to(source):
+        raise OutputError(f"OUT ({out}) lies inside the checkpoint that is read ({source}); choose another OUT")
+    if source.is_relative_to(place):
+        raise OutputError(f"the checkpoint that is read ({source}) lies inside OUT ({out}); choose another OUT")
+    if source.is_relative_to(_failed(place)):
+        raise OutputError(f"the checkpoint that is read ({source}) is where a failed OUT would go; choose another OUT")
+
+
+def _check_free(out: Path, place: Path, overwrite: bool) -> None:
+    for path in (place, _failed(place)):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; OUT names a folder to make: choose another OUT")
+    if place.is_mount() or place == place.parent:
+        raise OutputError(f"{out} is a mount point, which cannot be replaced as a whole; choose a folder inside it")
+    if place.exists() and any(place.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{out} is not empty; choose another OUT, or replace it with --overwrite")
+        _check_replaceable(place)
+    if _failed(place).exists():
+        _check_replaceable(_failed(place))
+
+
+def _check_replaceable(place: Path) -> None:
+    """Only a checkpoint is ever removed: `--overwrite` on a mistyped name must not cost a home folder."""
+    if any(place.iterdir()) and not any((place / name).is_file() for name in (CONFIG, MANIFEST)):
+        raise OutputError(
+            f"{place} holds no checkpoint, so it is not replaced; remove it yourself or choose another OUT"
+        )
+
+
+def _failed(place: Path) -> Path:
+    return place.with_name(place.name + FAILED)
+
+
+def _prefix(place: Path) -> str:
+    return f".{place.name}.abliterate-"
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
     try:
-        yield staging
+        yield
     except OSError as error:
-        raise OutputError(f"cannot write {place}: {error.strerror or error}") from error
+        raise OutputError(f"{place} cannot be written ({error.strerror or type(error).__name__})") from error
+
+
+def _missing_parents(place: Path) -> list[Path]:
+    return [parent for parent in reversed(place.parents) if not parent.exists()]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _discard(staging: Staging) -> None:
+    if staging.published is None:
+        shutil.rmtree(staging.folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Marks the folder as in use for as long as this process lives."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: nothing is ever recovered there
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        if not staging.published:
+        os.close(fd)
+
+
+def _recover(place: Path) -> None:
+    """Cleans up after runs that were killed: no process holds their folders any more."""
+    if not place.parent.is_dir():
+        return
+    pattern = re.compile(re.escape(_prefix(place)) + r"([0-9a-f]{8})(\.old)?(\.failed)?")
+    for folder in sorted(place.parent.iterdir()):
+        found = pattern.fullmatch(folder.name)
+        if not found or folder.is_symlink() or _in_use(folder.with_name(_prefix(place) + found[1])):
+            continue
+        target = place.with_name(place.name + (found[3] or ""))
+        if found[2] and not target.exists():
+            log.warning("%s was moved aside by a run that was killed: it is put back", target)
+            folder.rename(target)
+        else:
+            log.warning("%s is what a killed run left: it is removed", folder)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def carry_over(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
-    """Copies every file that is not a shard, the index, or a copy of the weights in another format.
-
-    Returns:
-        Names relative to the folder, sorted, as they are in the output.
-    """
-    skipped = {header.path.name for header in checkpoint.shards}
-    skipped |= {checkpoint.index.name} if checkpoint.index else set()
-    carried = []
-    for path in sorted(checkpoint.folder.rglob("*")):
-        name = path.relative_to(checkpoint.folder)
-        if path.is_dir() or any(part in LEFT_OUT_FOLDERS for part in name.parts[:-1]):
-            continue
-        if len(name.parts) == 1 and name.name in skipped:
-            continue
-        if path.suffix in OTHER_WEIGHTS or path.name.endswith(INDEX_SUFFIX):
-            log.warning("%s is left out: it holds or lists unedited weights", name)
-            continue
-        carried.append(_carry(path, folder, name))
-    return tuple(carried)
-
-
-def _carry(path: Path, folder: Path, name: Path) -> str:
-    renamed = Path(RENAMED.get(str(name), str(name)))
-    target = folder / renamed
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
-    return renamed.as_posix()
-
-
-def update_config(folder: Path, changes: Mapping[str, Any]) -> None:
-    """Sets dotted keys in config.json; the order of keys and the indent stay."""
-    path = folder / "config.json"
-    text = path.read_text(encoding="utf-8")
-    config = read_json(path)
-    for dotted, value in changes.items():
-        *parents, key = dotted.split(".")
-        part = config
-        for parent in parents:
-            part = part.setdefault(parent, {})
-        part[key] = value
-    indent = next((len(line) - len(line.lstrip()) for line in text.splitlines()[1:] if line.strip()), 2)
-    path.write_text(json.dumps(config, indent=indent or 2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _in_use(folder: Path) -> bool:
     try:
-        os.fsync(descriptor)
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
     finally:
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Everything reaches the disk before the name does."""
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+        os.close(fd)
+    return False

@@ -1,63 +1,90 @@
 """Shard in, shard out: untouched bytes copied in the kernel, edited tensors in blocks, the header byte for byte."""
 
-import errno
-import hashlib
-import json
 import logging
 import os
-import shutil
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from abliterate.checkpoint.files import Checkpoint, read_json
-from abliterate.checkpoint.header import Header, TensorInfo
-from abliterate.checkpoint.read import BLOCK_BYTES, blocks_of
-from abliterate.errors import CheckpointError, OutputError
+from abliterate.checkpoint.diskio import check_space, copy_range, disk_errors, sync, write_all
+from abliterate.checkpoint.extend import TensorCopy, check_copies, extended_header, extended_index
+from abliterate.checkpoint.files import Checkpoint
+from abliterate.checkpoint.hashing import FollowingHash, following
+from abliterate.checkpoint.header import DTYPES, Header, TensorInfo
+from abliterate.checkpoint.read import blocks_of, bytes_of, changed, open_shard, read_exactly
+from abliterate.errors import CheckpointError, EditError, OutputError
 from abliterate.progress import SILENT, Advance, Progress
 
+__all__ = ["ShardRecord", "TensorCopy", "TensorEdit", "rewrite_checkpoint"]
+
 log = logging.getLogger(__name__)
-COPY_CHUNK = 1 << 24
+
+EDIT_BYTES = 2 << 20
+"""Of one block of an edited tensor: with an edit's wider intermediates it stays in the cache of a core."""
+COPY_BYTES = 32 << 20
+"""Copied by one call: often enough for progress and Ctrl-C."""
 
 
 class TensorEdit(Protocol):
     """What becomes of one tensor, block by block.
 
     Attributes:
-        passes: how many times the whole tensor has to go through `measure` before `apply`.
+        passes: how many times the whole stored tensor goes through `measure` before `apply`.
     """
 
     passes: int
 
     def measure(self, rows: slice, block: Tensor) -> None:
-        """Looks at rows [rows, ...] of the stored tensor."""
+        """Looks at rows of the stored tensor: `block` [rows, ...] in the stored dtype, `rows` along axis 0."""
 
     def apply(self, rows: slice, block: Tensor) -> Tensor:
-        """Rows as they are to be stored: same shape, same dtype."""
-
-
-@dataclass(frozen=True)
-class TensorCopy:
-    """A tensor of the output that holds the original bytes of `source` under the name `target`."""
-
-    source: str
-    target: str
+        """The rows as they are to be stored: same shape, same dtype, finite."""
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A shard that was written: hashes of what came in and what went out, size in bytes, how many tensors changed."""
+    """A shard that was written.
+
+    Attributes:
+        name: of the file, in the input and in the output.
+        sha256_in: of the input file; None where hashing was switched off.
+        sha256_out: of the output file, as read back from the system.
+        bytes: size of the output file.
+        edited: how many tensors were edited.
+    """
 
     name: str
     sha256_in: str | None
     sha256_out: str | None
     bytes: int
     edited: int
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Bytes that go from the input to the output together, as offsets in the files; `info` where they are edited."""
+
+    start: int
+    end: int
+    target: int
+    info: TensorInfo | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard on its way."""
+
+    source: Header
+    target: Header
+    edits: Mapping[str, TensorEdit]
+    copies: Sequence[TensorCopy]
+    advance: Advance
+    hash_files: bool
 
 
 def rewrite_checkpoint(
@@ -68,185 +95,183 @@ def rewrite_checkpoint(
     progress: Progress = SILENT,
     hash_files: bool = True,
 ) -> tuple[ShardRecord, ...]:
-    """Writes every shard, and the index, into the folder `out`.
+    """Writes every shard, and the index, into the folder `out`; each file has its name only when it is whole.
+
+    Args:
+        checkpoint: what to read.
+        out: an existing folder without files of those names.
+        edits: by tensor; every other tensor is copied byte for byte.
+        copies: tensors to add, each at the end of the shard that holds its source.
+        progress: counts bytes read for measuring and bytes written.
+        hash_files: take sha256 of every shard, in and out, along the way.
+
+    Returns:
+        One record a shard, in the order of `checkpoint.shards`.
 
     Raises:
-        CheckpointError: an edit or copy names a tensor that is not there, or an edited tensor is not finite.
-        OutputError: the disk is full or cannot be written to.
+        CheckpointError: an edit or copy does not fit the checkpoint, a tensor to edit is not finite (before or after),
+            or a file changed meanwhile. Shards that were done by then stay in `out`.
+        EditError: an edit returned another shape or dtype.
+        OutputError: there is too little space, or `out` cannot be written.
     """
-    for name in [*edits, *(copy.source for copy in copies)]:
-        checkpoint.shard_of(name)
-    taken = next((copy.target for copy in copies if copy.target in checkpoint.tensors), None)
-    if taken:
-        raise CheckpointError(f"{checkpoint.folder} already has a tensor {taken}")
-    _check_space(checkpoint, out, copies)
-    records = []
-    with progress.bar("rewrite", checkpoint.nbytes, "B") as advance, _disk_errors(checkpoint, out):
-        for shard in checkpoint.shards:
-            mine = [copy for copy in copies if copy.source in shard.tensors]
-            job = _Shard(shard, out, {n: e for n, e in edits.items() if n in shard.tensors}, mine, advance)
-            records.append(job.write(hash_files))
-        _write_index(checkpoint, out, copies)
-    return tuple(records)
-
-
-def _check_space(checkpoint: Checkpoint, out: Path, copies: Sequence[TensorCopy]) -> None:
+    _check_edits(checkpoint, edits)
+    check_copies(checkpoint, copies)
     needed = checkpoint.nbytes + sum(checkpoint.tensors[copy.source].nbytes for copy in copies)
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise OutputError(f"disk full: {needed:,} bytes are needed for {out.parent}, {free:,} are free")
+    measured = sum(edit.passes * checkpoint.tensors[name].nbytes for name, edit in edits.items())
+    with disk_errors(out, needed), progress.bar("rewrite", needed + measured, "B") as advance:
+        check_space(out, needed)
+        jobs = [_job(shard, edits, copies, advance, hash_files) for shard in checkpoint.shards]
+        records = tuple(_write_shard(job, out / job.source.path.name) for job in jobs)
+        if checkpoint.index is not None:
+            _write_index(extended_index(checkpoint, checkpoint.index, copies), out / checkpoint.index.name)
+        sync(out)
+    return records
 
 
-class _disk_errors:  # noqa: N801
-    """Turns what the system says about writing into one line."""
-
-    def __init__(self, checkpoint: Checkpoint, out: Path) -> None:
-        self.needed, self.out = checkpoint.nbytes, out
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            what = (
-                f"disk full: {self.needed:,} bytes are needed" if full else f"cannot write: {error.strerror or error}"
-            )
-            raise OutputError(f"{what} ({self.out.parent})") from error
+def _check_edits(checkpoint: Checkpoint, edits: Mapping[str, TensorEdit]) -> None:
+    for name in edits:
+        shard = checkpoint.shard_of(name)
+        dtype = shard.tensors[name].dtype
+        if not DTYPES[dtype].is_floating_point:
+            raise CheckpointError(f"{shard.path}: tensor {name} is stored as {dtype}, which cannot be edited")
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """One shard on its way."""
-
-    header: Header
-    out: Path
-    edits: Mapping[str, TensorEdit]
-    copies: Sequence[TensorCopy]
-    advance: Advance
-
-    def write(self, hash_files: bool) -> ShardRecord:
-        """Under a temporary name first, so that a shard has its name only when whole."""
-        final = self.out / self.header.path.name
-        partial = final.with_name(f".{final.name}.partial")
-        raw = extended_header(self.header, self.copies)
-        with self.header.path.open("rb") as source, partial.open("wb") as target:
-            _write_all(target.fileno(), raw, 0)
-            self._data(source.fileno(), target.fileno(), len(raw))
-            os.fsync(target.fileno())
-        partial.rename(final)
-        _fsync_folder(self.out)
-        hashes = (sha256_of(self.header.path), sha256_of(final)) if hash_files else (None, None)
-        return ShardRecord(final.name, *hashes, final.stat().st_size, len(self.edits))
-
-    def _data(self, source: int, target: int, start: int) -> None:
-        run_start = 0
-        for info in self.header.tensors.values():
-            if info.name in self.edits:
-                self._copy(
-                    source, target, self.header.data_start + run_start, start + run_start, info.start - run_start
-                )
-                self._edit(source, target, info, start + info.start)
-                run_start = info.end
-        end = self.header.file_size - self.header.data_start
-        self._copy(source, target, self.header.data_start + run_start, start + run_start, end - run_start)
-        for copy in self.copies:
-            info = self.header.tensors[copy.source]
-            self._copy(source, target, self.header.data_start + info.start, start + end, info.nbytes)
-            end += info.nbytes
-
-    def _copy(self, source: int, target: int, read_at: int, write_at: int, count: int) -> None:
-        while count > 0:
-            done = _copy_range(source, target, read_at, write_at, min(count, COPY_CHUNK))
-            if done == 0:
-                raise CheckpointError(f"{self.header.path} became shorter while it was read")
-            read_at, write_at, count = read_at + done, write_at + done, count - done
-            self.advance(done)
-
-    def _edit(self, source: int, target: int, info: TensorInfo, write_at: int) -> None:
-        edit = self.edits[info.name]
-        for _ in range(edit.passes):
-            for rows, block in blocks_of(source, self.header, info, BLOCK_BYTES):
-                edit.measure(rows, block)
-        for rows, block in blocks_of(source, self.header, info, BLOCK_BYTES):
-            edited = edit.apply(rows, block)
-            if edited.shape != block.shape or edited.dtype != block.dtype:
-                raise CheckpointError(f"{info.name}: an edit may not change shape or dtype")
-            if not bool(torch.isfinite(edited).all()):
-                raise CheckpointError(
-                    f"{self.header.path} has NaN or infinite values in {info.name}; the weights are damaged"
-                )
-            data = edited.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            _write_all(target, data, write_at)
-            write_at += len(data)
-            self.advance(len(data))
+def _job(
+    shard: Header,
+    edits: Mapping[str, TensorEdit],
+    copies: Sequence[TensorCopy],
+    advance: Advance,
+    hash_files: bool,
+) -> _Job:
+    mine = [copy for copy in copies if copy.source in shard.tensors]
+    own = {name: edits[name] for name in shard.tensors if name in edits}
+    return _Job(shard, extended_header(shard, mine), own, mine, advance, hash_files)
 
 
-def extended_header(header: Header, copies: Sequence[TensorCopy]) -> bytes:
-    """The header's own bytes, or with copies the same entries and one more for each, at the end."""
-    if not copies:
-        return header.raw
-    content: dict[str, Any] = json.loads(header.raw[8:])
-    end = header.file_size - header.data_start
+def _write_shard(job: _Job, final: Path) -> ShardRecord:
+    with ExitStack() as stack:
+        source = stack.enter_context(open_shard(job.source))
+        target = stack.enter_context(_new_file(final))
+        before = _identity(source)
+        hashes = stack.enter_context(following({source: job.source.path, target: final}, job.hash_files))
+        _write_data(job, source, target, hashes)
+        sizes = (job.source.file_size, job.target.file_size)
+        digests = tuple(hash_.finish(size) if hash_ else None for hash_, size in zip(hashes, sizes, strict=True))
+        if _identity(source) != before:
+            raise changed(job.source.path)
+    log.info("wrote %s: %d tensors edited", final.name, len(job.edits))
+    return ShardRecord(final.name, digests[0], digests[1], job.target.file_size, len(job.edits))
+
+
+def _write_data(job: _Job, source: int, target: int, hashes: Sequence[FollowingHash | None]) -> None:
+    raw = bytearray(len(job.source.raw))
+    read_exactly(source, memoryview(raw), 0, job.source.path)
+    if raw != job.source.raw:
+        raise changed(job.source.path)
+    write_all(target, job.target.raw, 0)
+    job.advance(len(job.target.raw))
+    for region in _regions(job.source, job.target, job.edits, job.copies):
+        steps = _copy(job, source, target, region) if region.info is None else _edit(job, source, target, region)
+        for done in steps:
+            for hash_, start in zip(hashes, (region.start, region.target), strict=True):
+                if hash_ is not None:
+                    hash_.follow(start + done)
+
+
+def _regions(
+    source: Header, target: Header, edited: Collection[str], copies: Sequence[TensorCopy]
+) -> Iterator[_Region]:
+    """The whole data section in order, runs of untouched tensors as one region; then the copies."""
+    shift, run = target.data_start - source.data_start, source.data_start
+    for info in source.tensors.values():
+        if info.name in edited and info.nbytes:
+            start, end = source.data_start + info.start, source.data_start + info.end
+            if run < start:
+                yield _Region(run, start, run + shift)
+            yield _Region(start, end, start + shift, info)
+            run = end
+    if run < source.file_size:
+        yield _Region(run, source.file_size, run + shift)
     for copy in copies:
-        info = header.tensors[copy.source]
-        content[copy.target] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [end, end + info.nbytes],
-        }
-        end += info.nbytes
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+        info, place = source.tensors[copy.source], target.tensors[copy.target]
+        yield _Region(source.data_start + info.start, source.data_start + info.end, target.data_start + place.start)
 
 
-def _copy_range(source: int, target: int, read_at: int, write_at: int, count: int) -> int:
-    """In the kernel where the system can, else through a buffer."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source, target, count, read_at, write_at)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-                raise
-    data = os.pread(source, min(count, BLOCK_BYTES), read_at)
-    _write_all(target, data, write_at)
-    return len(data)
+def _copy(job: _Job, source: int, target: int, region: _Region) -> Iterator[int]:
+    """Copies in steps; yields how many bytes of the region are done."""
+    size = region.end - region.start
+    for done in range(0, size, COPY_BYTES):
+        count = min(COPY_BYTES, size - done)
+        copy_range(source, job.source.path, target, count, region.start + done, region.target + done)
+        job.advance(count)
+        yield done + count
 
 
-def _write_all(target: int, data: bytes, write_at: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(target, view, write_at)
-        view, write_at = view[done:], write_at + done
+def _edit(job: _Job, source: int, target: int, region: _Region) -> Iterator[int]:
+    """Measures, then edits block by block; yields how many bytes of the region are done."""
+    info = region.info
+    assert info is not None
+    edit, done = job.edits[info.name], 0
+    for _ in range(edit.passes):
+        for rows, block in blocks_of(source, job.source, info, EDIT_BYTES):
+            _check_finite(job, info, block, "holds")
+            edit.measure(rows, block)
+            job.advance(block.nbytes)
+    for rows, block in blocks_of(source, job.source, info, EDIT_BYTES):
+        if not edit.passes:
+            _check_finite(job, info, block, "holds")
+        data = bytes_of(_edited(job, info, edit, rows, block))
+        write_all(target, data, region.target + done)
+        done += len(data)
+        job.advance(len(data))
+        yield done
 
 
-def sha256_of(path: Path) -> str:
-    """Hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _edited(job: _Job, info: TensorInfo, edit: TensorEdit, rows: slice, block: Tensor) -> Tensor:
+    shape, dtype = block.shape, block.dtype
+    result = edit.apply(rows, block)
+    if result.shape != shape or result.dtype != dtype:
+        raise EditError(
+            f"the edit of {info.name} returned {result.dtype} {tuple(result.shape)} for {dtype} {tuple(shape)}"
+        )
+    _check_finite(job, info, result, "would, once edited, hold")
+    return result.cpu().contiguous()
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _check_finite(job: _Job, info: TensorInfo, block: Tensor, verb: str) -> None:
+    values = block if block.dtype.itemsize > 1 else block.float()
+    if not all(bool(torch.isfinite(value)) for value in torch.aminmax(values)):
+        raise CheckpointError(
+            f"{job.source.path}: tensor {info.name} {verb} NaN or infinite values; the weights are damaged, "
+            "download them again"
+        )
+
+
+@contextmanager
+def _new_file(final: Path) -> Iterator[int]:
+    """Yields a file under a temporary name, which becomes `final` once it is on the disk, or is removed."""
+    if final.exists():
+        raise OutputError(f"{final} is there already; write into an empty folder")
+    partial = final.with_name(f".{final.name}.partial")
+    partial.unlink(missing_ok=True)
+    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            yield fd
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        partial.rename(final)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def _write_index(checkpoint: Checkpoint, out: Path, copies: Sequence[TensorCopy]) -> None:
-    """Byte for byte, or with the new tensors and their size added."""
-    if checkpoint.index is None:
-        return
-    target = out / checkpoint.index.name
-    if not copies:
-        shutil.copyfile(checkpoint.index, target)
-        return
-    index = read_json(checkpoint.index)
-    for copy in copies:
-        index["weight_map"][copy.target] = checkpoint.shard_of(copy.source).path.name
-    size = sum(checkpoint.tensors[copy.source].nbytes for copy in copies)
-    metadata = index.get("metadata")
-    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int | float):
-        metadata["total_size"] = int(metadata["total_size"]) + size
-    target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _write_index(content: bytes, final: Path) -> None:
+    with _new_file(final) as fd:
+        write_all(fd, content, 0)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns

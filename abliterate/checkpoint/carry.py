@@ -1,0 +1,117 @@
+"""Everything of a checkpoint that is not weights: carried over as it is, configuration changed by named keys only."""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from abliterate.checkpoint.diskio import disk_errors
+from abliterate.checkpoint.files import CONFIG, OTHER_WEIGHTS, Checkpoint, check_links, files_in, read_json
+from abliterate.checkpoint.header import read_header
+from abliterate.checkpoint.jsontext import dump_like
+from abliterate.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+OWN_FILES = ("README.md", "abliteration.json", "refusal_direction.safetensors", "selection.png")
+"""Files that a conversion writes itself: those of the base are kept beside them, as NAME.base.SUFFIX."""
+
+
+def carry_over(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
+    """Copies every file that is not a shard or the index, links as the files they stand for.
+
+    Unedited weights in other formats, or a second time in safetensors, are left out with a warning.
+
+    Args:
+        checkpoint: what to copy from.
+        folder: the output so far.
+
+    Returns:
+        Sorted names in the output, relative to it, with forward slashes.
+
+    Raises:
+        CheckpointError: a file cannot be read, or is a link to a place outside the checkpoint.
+        OutputError: the disk is full or cannot be written to.
+    """
+    check_links(checkpoint.folder)
+    files = {path.relative_to(checkpoint.folder).as_posix(): path for path in _carried(checkpoint)}
+    renamed = _renamed(files)
+    with disk_errors(folder, sum(path.stat().st_size for path in files.values())):
+        for name, path in files.items():
+            target = folder / renamed.get(name, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    return tuple(sorted(renamed.get(name, name) for name in files))
+
+
+def update_config(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Sets keys of config.json; everything else, the order of keys and the indent stay.
+
+    Args:
+        folder: of the checkpoint.
+        changes: dotted keys (`text_config.tie_word_embeddings`) to values; new keys go to the end of their part.
+
+    Raises:
+        CheckpointError: config.json cannot be read, or has no such part.
+        OutputError: it cannot be written.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    for dotted, value in changes.items():
+        *parents, key = dotted.split(".")
+        part: Any = config
+        for parent in parents:
+            part = part.get(parent) if isinstance(part, dict) else None
+        if not isinstance(part, dict):
+            raise CheckpointError(f"{path} has no part {'.'.join(parents)} to set {dotted} in")
+        part[key] = value
+    content = dump_like(path.read_bytes(), config)
+    with disk_errors(folder, len(content)):
+        path.write_bytes(content)
+
+
+def _carried(checkpoint: Checkpoint) -> list[Path]:
+    weights = {shard.path for shard in checkpoint.shards} | {checkpoint.index}
+    carried = []
+    for path in files_in(checkpoint.folder):
+        if path in weights:
+            continue
+        reason = _reason_to_leave(path, checkpoint)
+        if reason is None:
+            carried.append(path)
+        else:
+            log.warning("%s is left out: %s", path.relative_to(checkpoint.folder), reason)
+    return carried
+
+
+def _reason_to_leave(path: Path, checkpoint: Checkpoint) -> str | None:
+    if not path.is_file():
+        return "it is not a regular file"
+    if any(fnmatch(path.as_posix(), f"*/{pattern}") for pattern in OTHER_WEIGHTS):
+        return "unedited weights in another format"
+    if path.suffix == ".safetensors" and _repeats_weights(path, checkpoint):
+        return "it repeats tensors of the checkpoint, unedited"
+    if path.name.endswith(".safetensors.index.json"):
+        return "an index of weights that are not carried over"
+    return None
+
+
+def _repeats_weights(path: Path, checkpoint: Checkpoint) -> bool:
+    try:
+        return not checkpoint.tensors.keys().isdisjoint(read_header(path).tensors)
+    except CheckpointError:
+        return False
+
+
+def _renamed(names: Mapping[str, Path] | Sequence[str]) -> dict[str, str]:
+    """The base's own versions of files that the output writes, and whatever has the names that these then take."""
+    renamed = {}
+    waiting = [name for name in OWN_FILES if name in names]
+    while waiting:
+        name = waiting.pop()
+        path = PurePosixPath(name)
+        renamed[name] = f"{path.stem}.base{path.suffix}"
+        waiting += [renamed[name]] if renamed[name] in names else []
+    return renamed
