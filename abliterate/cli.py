@@ -43,21 +43,29 @@ voice_options = _options(
 )
 prompt_options = _options(
     click.option(
-        "--harmful", metavar="SRC",
-        help="Harmful prompts: FILE[:column] (.txt .json .jsonl .csv .parquet) or hf:dataset[:config][:split][:column].",
+        "--harmful",
+        metavar="SRC",
+        help="FILE[:column] (.txt .json .jsonl .csv .parquet) or hf:dataset[:config[:split[:column]]].",
     ),
     click.option("--harmless", metavar="SRC", help="Harmless prompts, likewise."),
     click.option("--system-prompt", metavar="TEXT", help="System prompt before every instruction."),
-    click.option("--template", metavar="NAME|FILE", help="Chat template for a model without one: built-in name or Jinja file."),
+    click.option(
+        "--template", metavar="NAME|FILE", help="For a model without chat template: a built-in name, or a Jinja file."
+    ),
 )
 run_options = _options(
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option(
-        "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
         help="Of calibration and evaluation; certificates always compute in float32.",
     ),
-    click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Prompts a forward pass.  [default: by device]"),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split of prompt files."),
+    click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Prompts a pass.  [default: by device]"),
+    click.option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split of prompt files."
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
 )
 
@@ -77,21 +85,30 @@ def cli() -> None:
 @recipe_option
 @revision_option
 @prompt_options
-@click.option("--direction", type=click.Path(path_type=Path), metavar="FILE",
-              help="Use the direction in this file (tensor `direction` [hidden]); nothing is calibrated.")
+@click.option(
+    "--direction",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Use the direction in this file (tensor `direction` [hidden]); nothing is calibrated.",
+)
 @run_options
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--no-evaluate", is_flag=True, help="Leave out the evaluation before and after.")
 @json_option
 @voice_options
-def convert(model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: bool, as_json: bool, **given: Any) -> None:
+def convert(
+    model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: bool, as_json: bool, **given: Any
+) -> None:
     """Find the refusal direction of MODEL, project it out of its weights, write OUT, and prove the result."""
     from abliterate import conversion
 
     common: dict[str, Any] = {
-        "recipe": _recipe(given), "revision": given["revision"], "direction": given["direction"],
-        "options": _run_options(given), "evaluate": not no_evaluate,
+        "recipe": _recipe(given),
+        "revision": given["revision"],
+        "direction": given["direction"],
+        "options": _run_options(given),
+        "evaluate": not no_evaluate,
     }
     if dry_run:
         job = conversion.prepare(model, **common)
@@ -108,13 +125,19 @@ def convert(model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: 
 
         print_conversion(result.manifest, str(result.folder))
     if not result.holds:
-        raise AbliterateError(f"certificate failed: {result.certificate.failure}; what was written is in {result.folder}")
+        raise AbliterateError(f"certificate failed: {result.certificate.failure}; see {result.folder}")
 
 
 @cli.command()
 @click.argument("model")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-              help="Safetensors file to write.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Safetensors file to write.",
+)
 @recipe_option
 @revision_option
 @prompt_options
@@ -157,8 +180,12 @@ def plan(model: str, as_json: bool, **given: Any) -> None:
 @cli.command()
 @click.argument("checkpoint")
 @revision_option
-@click.option("--direction", type=click.Path(path_type=Path), metavar="FILE",
-              help="Verify against this direction.  [default: refusal_direction.safetensors in CHECKPOINT]")
+@click.option(
+    "--direction",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Verify against this direction.  [default: refusal_direction.safetensors in CHECKPOINT]",
+)
 @click.option("--template", metavar="NAME|FILE", help="Chat template for a model without one.")
 @run_options
 @json_option
@@ -181,7 +208,7 @@ def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any)
     if result.mismatches:
         raise AbliterateError(f"files differ from the manifest: {', '.join(result.mismatches)}")
     if not result.holds:
-        raise AbliterateError(f"the certificate does not hold: {result.certificate.failure or result.certificate.claim}")
+        raise AbliterateError(f"certificate failed: {result.certificate.failure or result.certificate.claim}")
 
 
 @cli.command()

@@ -11,15 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
+from abliterate.calibration.chat import make_chat_format
+from abliterate.calibration.load import load_tokenizer
 from abliterate.certify.certificate import Certificate
 from abliterate.certify.stream import StreamResidual, measure_stream
+from abliterate.checkpoint.carry import carry_over, update_config
+from abliterate.checkpoint.extend import TensorCopy
 from abliterate.checkpoint.locate import Source
-from abliterate.checkpoint.output import Staging, carry_over, check_target, staged, update_config
-from abliterate.checkpoint.rewrite import ShardRecord, TensorCopy, rewrite_checkpoint
+from abliterate.checkpoint.output import Staging, check_target, staged
+from abliterate.checkpoint.rewrite import ShardRecord, rewrite_checkpoint
 from abliterate.direction.files import direction_bytes, load_direction
 from abliterate.edit.edits import build_edits
 from abliterate.evaluation.metrics import EvaluationSet, Measured, evaluate_model
-from abliterate.find import FoundDirection, find_in, thresholds_of
+from abliterate.find import FoundDirection, find_in
 from abliterate.measuring import discovered_tokens, evaluation_set
 from abliterate.prompting import Prompts, load_calibration
 from abliterate.proving import StreamText, Tongue, assemble, stream_text, tongue_of
@@ -149,7 +153,8 @@ def prepare(
     subject = open_subject(model, revision)
     tongue = tongue_of(subject, options, chosen.calibration.thinking)
     if direction is None and tongue.chat is None:
-        _explain_missing_chat(subject, options)
+        # Says what is missing: the tokenizer, or its chat template.
+        make_chat_format(load_tokenizer(subject.folder, options.trust_remote_code), None, options.system_prompt)
     if evaluate and tongue.tokenizer is None:
         log.warning("%s has no tokenizer: nothing can be evaluated", subject.name)
     prompts = load_calibration(chosen.calibration, options.seed)
@@ -173,14 +178,6 @@ def summary_of(job: Job, out: Path) -> str:
         f"{len(plan.writers)} residual writers of {len(checkpoint.tensors)} tensors would be edited along {source}, "
         f"and {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.shards)} shards written to {out}"
     )
-
-
-def _explain_missing_chat(subject: Subject, options: RunOptions) -> None:
-    """Raises what the tokenizer or the template has to say."""
-    from abliterate.prompting import chat_format
-    from abliterate.subject import tokenizer_of
-
-    chat_format(tokenizer_of(subject, options), "auto", options.template, options.system_prompt)
 
 
 def study_base(job: Job) -> BaseFindings:
@@ -314,9 +311,7 @@ def _finish(staging: Staging, certificate: Certificate, manifest: Mapping[str, A
     return Conversion(folder, holds, certificate, manifest)
 
 
-def _command(
-    subject: Subject, recipe: Recipe, direction: Path | None, options: RunOptions, evaluate: bool
-) -> str:
+def _command(subject: Subject, recipe: Recipe, direction: Path | None, options: RunOptions, evaluate: bool) -> str:
     """The command that makes the same bytes again."""
     words: list[str] = ["abliterate", "convert", subject.name, "OUT", "--recipe", recipe.name]
     source = subject.source

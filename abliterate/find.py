@@ -90,12 +90,16 @@ def positions_of(chat: ChatFormat, recipe: Recipe) -> int:
     if wanted == "all":
         return available
     if wanted > available:
-        raise CalibrationError(f"direction.positions is {wanted}, but the chat template has {available} tokens after the instruction")
+        raise CalibrationError(f"direction.positions is {wanted}, but {available} tokens follow the instruction")
     return wanted
 
 
 def _refusal_tokens(
-    model: ResidentModel, harmful: list[list[int]], harmless: list[list[int]], recipe: Recipe, chat: ChatFormat,
+    model: ResidentModel,
+    harmful: list[list[int]],
+    harmless: list[list[int]],
+    recipe: Recipe,
+    chat: ChatFormat,
     progress: Progress,
 ) -> RefusalTokens:
     words = recipe.direction.refusal_tokens

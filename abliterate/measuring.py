@@ -96,7 +96,7 @@ def _same_vocabulary(subject: Subject, reference: Subject) -> None:
     shapes = [s.checkpoint.tensors[s.plan.embedding].shape[0] for s in (subject, reference)]
     if shapes[0] != shapes[1]:
         raise CalibrationError(
-            f"{reference.name} is no baseline for {subject.name}: their vocabularies have {shapes[1]} and {shapes[0]} entries"
+            f"{reference.name} is no baseline for {subject.name}: vocabularies of {shapes[1]} and {shapes[0]} tokens"
         )
 
 

@@ -13,7 +13,8 @@ T = TypeVar("T")
 class Advance(Protocol):
     """Moves a bar forward by `amount` of its unit."""
 
-    def __call__(self, amount: int = 1, /) -> object: ...
+    def __call__(self, amount: int = 1, /) -> object:
+        """Advances."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,14 @@ class Progress:
         hidden = None if self.enabled is None else not self.enabled
         scale = unit == "B"
         with tqdm(
-            total=total, desc=description, unit=unit, unit_scale=scale, unit_divisor=1024 if scale else 1000,
-            disable=hidden, leave=False, dynamic_ncols=True,
+            total=total,
+            desc=description,
+            unit=unit,
+            unit_scale=scale,
+            unit_divisor=1024 if scale else 1000,
+            disable=hidden,
+            leave=False,
+            dynamic_ncols=True,
         ) as bar:
             yield bar.update
 

@@ -50,7 +50,7 @@ def _first(prompts: PromptSet, count: int) -> PromptSet:
     available = len(prompts.instructions)
     if count > available:
         raise CalibrationError(
-            f"the built-in set {prompts.source} has {available} prompts, not {count}; give a larger set, or ask for fewer"
+            f"{prompts.source} has {available} prompts, not {count}; give a larger set, or ask for fewer in the recipe"
         )
     return PromptSet.of(prompts.instructions[:count], prompts.source)
 
@@ -67,7 +67,7 @@ def _sizes(available: int, recipe: CalibrationRecipe, source: str) -> tuple[int,
             f"{sizes[2]} test, and at least {least[0]}, {least[1]} and {least[2]} are needed"
         )
     if share < 1:
-        log.warning("%s has %d prompts, fewer than the recipe's %d: %d/%d/%d are used", source, available, sum(wanted), *sizes)
+        log.warning("%s has %d prompts, not %d: divided %d/%d/%d", source, available, sum(wanted), *sizes)
     return sizes[0], sizes[1], sizes[2]
 
 

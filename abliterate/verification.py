@@ -74,14 +74,15 @@ def verify(
 def _direction(subject: Subject, given: Path | str | None) -> Tensor:
     path = Path(given) if given is not None else subject.folder / DIRECTION_FILE
     if given is None and not path.is_file():
-        raise CheckpointError(f"{subject.name} has no {DIRECTION_FILE} to verify against; give one with --direction FILE")
+        raise CheckpointError(f"{subject.name} has no {DIRECTION_FILE} to verify against; give --direction FILE")
     return load_direction(path, subject.plan.hidden_size)
 
 
 def mismatches(folder: Path, manifest: Mapping[str, Any], progress: Progress) -> tuple[str, ...]:
     """Names of the shards and direction file whose sha256 is not the manifest's."""
     named = [*manifest["output"]["shards"], {"name": DIRECTION_FILE, "sha256": manifest["direction"]["sha256"]}]
-    return tuple(item["name"] for item in named if item["sha256"] and _sha256(folder, item["name"], progress) != item["sha256"])
+    hashed = [(item["name"], item["sha256"]) for item in named if item["sha256"]]
+    return tuple(name for name, wanted in hashed if _sha256(folder, name, progress) != wanted)
 
 
 def _sha256(folder: Path, name: str, progress: Progress) -> str | None:

@@ -108,11 +108,15 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_c
     with quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True,
+                folder,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
                 output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise CheckpointError(f"transformers {transformers.__version__} cannot load {folder}: {_first_line(error)}") from error
+            reason = _first_line(error)
+            raise CheckpointError(f"transformers {transformers.__version__} cannot load {folder}: {reason}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if report.get(kind):
             names = ", ".join(sorted(map(str, report[kind]))[:3])
@@ -124,7 +128,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_c
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
     """The module that a tensor's on-disk name without its last part stands for, whatever prefix the file uses."""
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if name in modules:
         return modules[name]
     matches = [full for full in modules if full.endswith(f".{name}")]

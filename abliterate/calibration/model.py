@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from abliterate.calibration.hooks import Steer, Stream, first_tensor, on_input, steered
+from abliterate.calibration.hooks import Steer, Stream, on_input, steered
 from abliterate.progress import SILENT, Progress
 
 Tokens = Sequence[int]
@@ -126,7 +126,8 @@ class ResidentModel:
         """
         with progress.bar(description, len(prompts), "prompt") as advance:
             for rows in self.batches(prompts):
-                yield self._run(rows, [prompts[i] for i in rows], [steers[i] for i in rows] if steers else [], positions)
+                chosen = [steers[i] for i in rows] if steers else []
+                yield self._run(rows, [prompts[i] for i in rows], chosen, positions)
                 advance(len(rows))
 
     @torch.inference_mode()

@@ -47,7 +47,8 @@ class Certificate:
     @property
     def claim(self) -> str:
         """One sentence that says what was proved."""
-        worst = f"max |h·r|/‖h‖ = {self.stream.worst:.1e} over {self.stream.tokens} tokens (tolerance {self.tolerance:.1e})"
+        stream, bound = self.stream, self.tolerance
+        worst = f"max |h·r|/‖h‖ = {stream.worst:.1e} over {stream.tokens} tokens (tolerance {bound:.1e})"
         if not self.exact:
             return f"not exact: strength {self.strength:g} leaves part of the direction on purpose; {worst}"
         if self.holds:

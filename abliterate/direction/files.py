@@ -33,7 +33,8 @@ def direction_bytes(
         for name in ("bypass", "induce", "kl"):
             tensors[name] = _score_grid(directions, candidates, name)
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
-    return save(tensors, {"format": "pt", **text})
+    content: bytes = save(tensors, {"format": "pt", **text})
+    return content
 
 
 def _score_grid(directions: Directions, candidates: Sequence[Candidate], name: str) -> Tensor:
@@ -59,13 +60,14 @@ def load_direction(path: Path, hidden_size: int) -> Tensor:
     except (SafetensorError, OSError) as error:
         raise CalibrationError(f"{path} is not a safetensors file: {error}") from error
     if "direction" not in tensors:
-        raise CalibrationError(f"{path} has no tensor named direction; it has {', '.join(sorted(tensors)[:5]) or 'none'}")
+        raise CalibrationError(f"{path} has no tensor named direction, only {', '.join(sorted(tensors)[:5])}")
     direction = tensors["direction"].double().squeeze()
     if direction.shape != (hidden_size,):
         raise CalibrationError(
-            f"{path}: direction has shape {list(tensors['direction'].shape)}, but this model's hidden size is {hidden_size}"
+            f"{path}: direction has shape {list(tensors['direction'].shape)}; the model's hidden size is {hidden_size}"
         )
     norm = float(direction.norm())
     if not math.isfinite(norm) or norm == 0:
         raise CalibrationError(f"{path}: direction is {'zero' if norm == 0 else 'not finite'}")
-    return (direction / norm).float()
+    unit: Tensor = (direction / norm).float()
+    return unit

@@ -1,7 +1,8 @@
 """A first-order estimate of every candidate's bypass score, from one backward pass.
 
-Ablating r takes (o . r) r out of the output o of every residual writer, so to first order the refusal score s changes by
--sum over writers and tokens of (grad_o s . r)(o . r). Outputs and gradients do not depend on r: all candidates share them.
+Ablating r takes (o . r) r out of the output o of every residual writer, so to first order the refusal score s changes
+by minus the sum over writers and tokens of (grad_o s . r)(o . r). Outputs and gradients do not depend on r: all
+candidates share them.
 """
 
 from collections.abc import Iterator, Sequence

@@ -49,7 +49,8 @@ class Directions:
     def unit(self, position: int, layer: int) -> Tensor:
         """The unit direction r [hidden] there."""
         vector = self.vector(position, layer).double()
-        return (vector / vector.norm()).float()
+        unit: Tensor = (vector / vector.norm()).float()
+        return unit
 
 
 def mean_hidden(

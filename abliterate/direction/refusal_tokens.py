@@ -64,8 +64,9 @@ def find_refusal_tokens(
         return _named(model, known, "family")
     chosen = [token for token, n in refused.most_common() if n / tried > answered[token] / min(PROBED, len(harmless))]
     if not chosen:
-        raise CalibrationError("refusals and answers start with the same tokens; name them in the recipe's "
-                               "direction.refusal_tokens")
+        raise CalibrationError(
+            "refusals and answers start with the same tokens; name them in the recipe's direction.refusal_tokens"
+        )
     return _named(model, tuple(chosen), "completions")
 
 

@@ -114,9 +114,9 @@ class ScoreSheet:
 
     def candidate(self, key: Key) -> Candidate:
         """The candidate with the means of what was measured so far."""
-        means = [_mean(sheet.get(key, [])) for sheet in (self.bypass, self.induce, self.kl)]
+        bypass, induce, kl = (_mean(sheet.get(key, [])) for sheet in (self.bypass, self.induce, self.kl))
         prompts = max(len(sheet.get(key, [])) for sheet in (self.bypass, self.induce, self.kl))
-        return Candidate(*key, *means, prompts=prompts)
+        return Candidate(*key, bypass, induce, kl, prompts)
 
 
 def _mean(values: Sequence[float]) -> float | None:

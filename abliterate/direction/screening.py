@@ -59,7 +59,8 @@ def choose_direction(
     complete = set(finalists)
     choice = select(
         [sheet.candidate(key) if key in complete else _unfinished(sheet.candidate(key)) for key in grid],
-        layers, thresholds,
+        layers,
+        thresholds,
     )
     return Selection(
         choice, "exhaustive" if exhaustive else "screened", sheet.passes, each * len(eligible), *sheet.baseline_scores()

@@ -33,7 +33,8 @@ class Candidate:
         induce: mean refusal score on harmless prompts with the difference of means added at its layer.
         kl: mean KL(base || ablated) in nats on harmless prompts, at the last position.
         prompts: validation prompts a score was measured on.
-        status: picked, passed, screened (not every score measured), or the filter that drops it: layer, nan, induce, kl.
+        status: picked, passed, screened (not every score measured), or the filter that drops it: layer, nan, induce,
+            kl.
     """
 
     position: int
