@@ -2,167 +2,195 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from abliterate.architecture.table import LAYER, Family, Rule, find_family
+from abliterate.architecture.rules import LAYER, Family, Rule, Settings, fold_numbers
+from abliterate.architecture.table import find_family
 from abliterate.architecture.writer import Gain, Plan, TensorRole, Writer
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import TensorInfo
 from abliterate.errors import ArchitectureError
 
 EDITABLE = ("F64", "F32", "F16", "BF16")
-MOST_LAYERS = 10_000
+MOST_LAYERS, MOST_HIDDEN = 10_000, 10_000_000
 
 
 def plan_architecture(checkpoint: Checkpoint) -> Plan:
-    """The plan of a checkpoint.
+    """The plan of a checkpoint, from its headers and config.json alone.
 
     Raises:
         ArchitectureError: the model type is not supported, its config rules out an exact edit, or a tensor is missing,
-            unknown, or not of the expected shape.
+            unknown, of an unexpected shape, or stored in a dtype that cannot be edited; the message names it.
     """
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
-        raise ArchitectureError(f"{checkpoint.folder}: config.json names no model_type")
+        raise ArchitectureError(f"{checkpoint.folder}: config.json names no model_type, so nothing is known about it")
     family = find_family(model_type)
-    refusal = next((r for r in family.refusals if r.applies(checkpoint.config)), None)
-    if refusal:
-        raise ArchitectureError(f"this {model_type} ({refusal.key} in config.json) is not supported: {refusal.why}")
-    return _Matcher(checkpoint, family, model_type).plan()
+    named = {key: value for key, value in checkpoint.config.items() if value is not None}
+    settings = {**family.defaults, **named}
+    refusal = next((refusal for refusal in family.refusals if refusal.applies(settings)), None)
+    if refusal is not None:
+        value = settings[refusal.key]
+        raise ArchitectureError(
+            f"this {model_type} ({refusal.key} is {value} in config.json) is not supported: {refusal.why}"
+        )
+    return _Matcher(checkpoint.tensors, family, settings).plan()
 
 
 @dataclass(frozen=True)
 class _Match:
-    rule: Rule
-    layer: int | None
-    prefix: str
+    """The rule for one stored tensor; no rule for the head."""
 
-    @property
-    def gain(self) -> Gain | None:
-        if self.rule.gain is None:
-            return None
-        return Gain(self.prefix + self.rule.gain.replace(LAYER, str(self.layer)), self.rule.offset)
+    info: TensorInfo
+    rule: Rule | None
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
 class _Matcher:
-    """Holds one checkpoint against one family."""
+    """Holds the tensors of one checkpoint against one family."""
 
-    checkpoint: Checkpoint
+    tensors: Mapping[str, TensorInfo]
     family: Family
-    model_type: str
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.checkpoint.config
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self.checkpoint.tensors
+    settings: Settings
 
     def plan(self) -> Plan:
+        """See `plan_architecture`."""
         family, prefix = self.family, self._prefix()
-        hidden, layers = self._count(family.hidden_key), self._count(family.layers_key)
-        matches = {name: self._match(name, prefix, layers) for name in self.tensors}
-        self._check_complete(prefix, layers)
-        writers = tuple(self._writers(matches, hidden))
-        tied = bool(self.config.get("tie_word_embeddings", family.tied_by_default[self.model_type]))
-        self._check_head(tied, prefix)
+        hidden, layers = self._number(family.hidden_keys, MOST_HIDDEN), self._number(family.layers_keys, MOST_LAYERS)
+        rules = {rule.folded: rule for rule in family.rules if rule.present.holds(self.settings)}
+        self._check_complete(rules, prefix, layers)
+        matches = [self._match(info, rules, prefix, layers) for info in self.tensors.values()]
+        for match in matches:
+            _check_stored(match, hidden)
+        head, tied = self._head(prefix + family.embedding)
+        copied = tied and head in self.tensors
+        writers = [match for match in matches if match.rule is not None and match.rule.role == "writer"]
+        writers.sort(key=lambda match: (-1 if match.layer is None else match.layer, family.rules.index(match.rule)))
         return Plan(
-            self.model_type,
-            family.name,
-            hidden,
-            layers,
-            tied,
-            prefix + family.embedding,
-            family.head,
-            "tie_word_embeddings",
-            prefix + family.stack,
-            writers,
-            tuple(self._role(name, match, tied) for name, match in matches.items()),
+            model_type=family.model_type,
+            family=family.name,
+            hidden_size=hidden,
+            num_layers=layers,
+            tied=tied,
+            embedding=prefix + family.embedding,
+            head=head,
+            tied_flag=family.tied_flag,
+            layers_prefix=prefix + family.layers,
+            writers=tuple(_writer(match, prefix) for match in writers),
+            roles=tuple(_role(match, copied) for match in matches),
+            head_copy=copied,
         )
 
-    def _count(self, key: str) -> int:
-        value = self.config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 10_000_000:
-            raise ArchitectureError(f"config.json has no usable {key} ({value!r})")
-        if key == self.family.layers_key and value > MOST_LAYERS:
-            raise ArchitectureError(f"config.json claims {value} layers")
+    def _number(self, keys: tuple[str, ...], most: int) -> int:
+        value = next((self.settings[key] for key in keys if key in self.settings), None)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise ArchitectureError(
+                f"config.json has no usable {keys[0]} ({value!r}); it must be a number from 1 to {most}"
+            )
         return value
 
     def _prefix(self) -> str:
-        """What stands before the family's names in this file: released checkpoints differ in it."""
+        """What stands before the family's names: files of one model differ in it ("transformer." or nothing, say)."""
         name = self.family.embedding
         found = [tensor for tensor in self.tensors if tensor == name or tensor.endswith(f".{name}")]
         if len(found) != 1:
-            problem = "no" if not found else "more than one"
             raise ArchitectureError(
-                f"{self.checkpoint.folder} says it is {self.model_type}, but has {problem} tensor {name}; "
-                "config and weights do not belong together"
+                f"config.json says {self.family.model_type}, but the weights have "
+                f"{'no tensor' if not found else ' and '.join(found[:2]) + ' for'} {name}; they do not belong together"
             )
-        prefix = found[0].removesuffix(name)
-        if prefix not in ("", self.family.prefix):
-            raise ArchitectureError(f"the token embedding is named {found[0]}, not {self.family.prefix}{name}")
-        return prefix
+        return found[0].removesuffix(name)
 
-    def _match(self, name: str, prefix: str, layers: int) -> _Match | None:
-        """The one rule for a tensor; None for the head."""
-        if name == self.family.head:
-            return None
-        for rule in self.family.rules:
-            found = rule.pattern.fullmatch(name.removeprefix(prefix)) if name.startswith(prefix) else None
-            if not found or not rule.condition.holds(self.model_type, self.config):
-                continue
-            layer = int(found[1]) if rule.in_layer else None
-            if layer is None or (layer < layers and str(layer) == found[1]):
-                return _Match(rule, layer, prefix)
-        raise ArchitectureError(
-            f"tensor {name} {list(self.tensors[name].shape)} is not accounted for in {self.model_type}; "
-            "an edit that does not know it could not be exact"
+    def _match(self, info: TensorInfo, rules: Mapping[str, Rule], prefix: str, layers: int) -> _Match:
+        if info.name in self.family.heads:
+            return _Match(info, None)
+        name = info.name.removeprefix(prefix)
+        rule = rules.get(fold_numbers(name)) if info.name.startswith(prefix) else None
+        if rule is None:
+            raise self._unaccounted(info, "is not accounted for")
+        if not rule.in_layer:
+            return _Match(info, rule)
+        layer = int(name.removeprefix(f"{self.family.layers}.").partition(".")[0])
+        if layer >= layers:
+            raise self._unaccounted(info, f"is in a layer beyond the {layers} of config.json, and not accounted for")
+        return _Match(info, rule, layer)
+
+    def _unaccounted(self, info: TensorInfo, problem: str) -> ArchitectureError:
+        return ArchitectureError(
+            f"tensor {info.name} {list(info.shape)} {problem} in {self.family.model_type} with this config.json: "
+            "it may write to the residual stream, so no edit could be called exact"
         )
 
-    def _check_complete(self, prefix: str, layers: int) -> None:
-        for name in self._expected(prefix, layers):
+    def _check_complete(self, rules: Mapping[str, Rule], prefix: str, layers: int) -> None:
+        required = [rule for rule in rules.values() if not rule.optional]
+        for name in _expected(required, prefix, layers):
             if name not in self.tensors:
                 raise ArchitectureError(
-                    f"tensor {name} is missing: a {self.model_type} checkpoint with this config has it"
+                    f"tensor {name} is missing: {self.family.model_type} with this config.json has it; the checkpoint "
+                    "is incomplete, renamed, or of another architecture"
                 )
 
-    def _expected(self, prefix: str, layers: int) -> Iterator[str]:
-        for rule in self.family.rules:
-            if rule.role == "outside" or not rule.condition.holds(self.model_type, self.config):
-                continue
-            for layer in range(layers) if rule.in_layer else (0,):
-                yield prefix + rule.name.replace(LAYER, str(layer))
-
-    def _writers(self, matches: Mapping[str, _Match | None], hidden: int) -> Iterator[Writer]:
-        for name, match in matches.items():
-            if match is None or match.rule.role != "writer":
-                continue
-            self._check_shape(name, match.rule, hidden)
-            if match.gain and self.tensors[match.gain.tensor].shape != (hidden,):
-                raise ArchitectureError(f"{match.gain.tensor} is no norm weight of {hidden} entries")
-            yield Writer(name, match.rule.reason, match.rule.axis, match.gain, match.layer)
-
-    def _check_shape(self, name: str, rule: Rule, hidden: int) -> None:
-        info = self.tensors[name]
-        dimensions = 1 if name.endswith(".bias") else 2
-        if len(info.shape) != dimensions or info.shape[rule.axis] != hidden:
+    def _head(self, embedding: str) -> tuple[str, bool]:
+        """Name of the head's tensor, stored or as it would be, and whether the head shares the embedding."""
+        stored = [name for name in self.family.heads if name in self.tensors]
+        tied = self.settings[self.family.tied_flag]
+        if not isinstance(tied, bool):
+            raise ArchitectureError(f"config.json has {self.family.tied_flag} = {tied!r}; it must be true or false")
+        if len(stored) > 1:
+            raise ArchitectureError(f"the weights have two heads, {stored[0]} and {stored[1]}; remove one")
+        if not stored and not tied:
             raise ArchitectureError(
-                f"{name} has shape {list(info.shape)}, and axis {rule.axis} should be the hidden size {hidden}"
+                f"tensor {self.family.heads[0]} is missing, and {self.family.tied_flag} is false: this is no model "
+                "that generates text, or its config.json is of another one"
             )
-        if info.dtype not in EDITABLE:
-            raise ArchitectureError(f"{name} is stored in {info.dtype}, which cannot be edited; convert the unquantized original")
+        if stored and self.tensors[stored[0]].shape != self.tensors[embedding].shape:
+            shapes = f"{list(self.tensors[stored[0]].shape)}, not {list(self.tensors[embedding].shape)}"
+            raise ArchitectureError(f"the head {stored[0]} has the shape {shapes} as the embedding {embedding}")
+        return (stored or self.family.heads)[0], tied
 
-    def _check_head(self, tied: bool, prefix: str) -> None:
-        stored = self.tensors.get(self.family.head)
-        if stored is None and not tied:
-            raise ArchitectureError(f"tensor {self.family.head} is missing, and config.json does not tie the head")
-        if stored is not None and stored.shape != self.tensors[prefix + self.family.embedding].shape:
-            raise ArchitectureError(f"{stored.name} has shape {list(stored.shape)}, which is not the embedding's")
 
-    def _role(self, name: str, match: _Match | None, tied: bool) -> TensorRole:
-        if match is None:
-            reason = "stored copy of the tied embedding" if tied else "reads the stream after the last layer"
-            return TensorRole(name, "head", reason)
-        return TensorRole(name, match.rule.role, match.rule.reason)
+def _expected(rules: list[Rule], prefix: str, layers: int) -> Iterator[str]:
+    for rule in rules:
+        if not rule.in_layer:
+            yield prefix + rule.name
+    for layer in range(layers):
+        yield from (prefix + rule.name.replace(LAYER, str(layer)) for rule in rules if rule.in_layer)
+
+
+def _check_stored(match: _Match, hidden: int) -> None:
+    """Shape and dtype are those that the rule says."""
+    rule, info = match.rule, match.info
+    if rule is None or rule.dimensions is None:
+        return
+    if len(info.shape) != rule.dimensions:
+        raise ArchitectureError(
+            f"tensor {info.name} has shape {list(info.shape)}; it should have {rule.dimensions} dimensions"
+        )
+    if rule.axis is not None and info.shape[rule.axis] != hidden:
+        raise ArchitectureError(
+            f"tensor {info.name} has shape {list(info.shape)}; along axis {rule.axis} it should have the width of the "
+            f"stream, {hidden}"
+        )
+    if info.dtype not in EDITABLE:
+        raise ArchitectureError(
+            f"tensor {info.name} is stored as {info.dtype}, and only {', '.join(EDITABLE)} can be edited; convert the "
+            "unquantized original"
+        )
+
+
+def _writer(match: _Match, prefix: str) -> Writer:
+    rule = match.rule
+    assert rule is not None and rule.axis is not None
+    gain = None
+    if rule.gain is not None:
+        gain = Gain(prefix + rule.gain.tensor.replace(LAYER, str(match.layer)), rule.gain.offset)
+    return Writer(match.info.name, rule.kind, rule.axis, gain, match.layer)
+
+
+def _role(match: _Match, copied: bool) -> TensorRole:
+    if match.rule is not None:
+        return TensorRole(match.info.name, match.rule.role, match.rule.reason)
+    if copied:
+        return TensorRole(
+            match.info.name, "head", "stored copy of the tied embedding; edited with it unless the head is untied"
+        )
+    return TensorRole(match.info.name, "head", "reads the stream after the final norm")

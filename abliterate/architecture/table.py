@@ -1,174 +1,101 @@
-"""The table: one declarative entry a family in families/*.yaml, read into rules.
+"""The table: families/*.yaml, one entry a model type, made of the parts in parts.yaml.
 
-An entry names its model types (and whether their heads are tied by default), the stack of decoder layers, and every
-tensor a checkpoint of the family may hold, as writer, reader, norm, or ignored buffer. In names, `{N}` is a layer and
-`{q,k,v}` stands for each of its parts; `when` says for which configs and model types a tensor is there.
+An entry has the keys
+
+- `like`: another model type whose entry fills in every key that this one leaves out;
+- `refused`: why this type is not converted (then nothing else);
+- `config`: `hidden` and `layers`, the keys of config.json for width and depth, where they are not the usual ones;
+- `defaults`: what transformers takes for the keys that `bias`, `when` and `refuse` name, and for tie_word_embeddings,
+  where config.json is silent;
+- `refuse`: configs that are not covered, `{key, is or differs_from, why}`;
+- `prefix`, `layers`, `embedding`, `head`: the names' usual prefix, the list of layers, the token embedding's module and
+  what the head's may be;
+- `stem` and `layer`: lists of parts, by name or written out; a later part adds to or overrides an earlier one.
+
+A part maps module names (`a.{q,k}_proj` stands for both) to what they are: one of `writes: AXIS` and `reads: AXIS` (the
+axis of the weight that has the stream's width), `norm: hidden` or `norm: head`, `ignored: REASON` (there the name is a
+whole tensor's), and beside it `kind` of a writer, `bias` (true or a key of `defaults`), `gain: {norm: MODULE,
+offset: X}` for a writer whose output a norm of the same layer scales by X + weight, and `when` (keys of `defaults`,
+`not KEY`) for modules that not every config has.
 """
 
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from importlib import resources
 from typing import Any
 
 import yaml
 
-from abliterate.architecture.writer import Role
+from abliterate.architecture.rules import LAYER, Condition, Family, GainRule, Refusal, Rule
 from abliterate.errors import ArchitectureError
 
-LAYER = "{N}"
+Part = Mapping[str, Mapping[str, Any]]
+Entry = Mapping[str, Any]
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
-
-
-@dataclass(frozen=True)
-class Condition:
-    """When a tensor is there: always for some model types, never outside of `only`, else as a config key says."""
-
-    key: str | None = None
-    default: bool = False
-    always: tuple[str, ...] = ()
-    only: tuple[str, ...] | None = None
-
-    def holds(self, model_type: str, config: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint of this type and config has the tensor."""
-        if self.only is not None and model_type not in self.only:
-            return False
-        if model_type in self.always or self.key is None:
-            return model_type in self.always or not self.always
-        return bool(config.get(self.key, self.default))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One tensor name of a family, what it is, and for writers how it writes.
-
-    Attributes:
-        name: without the stack's prefix; `{N}` is the layer.
-        axis: the hidden axis of a writer. `gain`: the norm weight that follows it, and `offset` to add to it.
-    """
-
-    name: str
-    role: Role
-    reason: str
-    condition: Condition = Condition()
-    axis: int = 0
-    gain: str | None = None
-    offset: float = 0.0
-
-    @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """Matches the names, the layer's index as the group."""
-        return re.compile(re.escape(self.name).replace(re.escape(LAYER), r"(\d+)"))
-
-    @property
-    def in_layer(self) -> bool:
-        """Whether there is one of it in every layer."""
-        return LAYER in self.name
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A config that the family's rules are not exact for."""
-
-    key: str
-    why: str
-    value: Any = None
-    differs_from: str | None = None
-
-    def applies(self, config: Mapping[str, Any]) -> bool:
-        """Whether this config is one of those."""
-        if self.key not in config:
-            return False
-        if self.differs_from is not None:
-            return bool(config[self.key] != config.get(self.differs_from))
-        return bool(config[self.key] == self.value)
-
-
-@dataclass(frozen=True)
-class Family:
-    """An entry of the table."""
-
-    name: str
-    tied_by_default: Mapping[str, bool]
-    stack: str
-    prefix: str
-    embedding: str
-    head: str
-    hidden_key: str
-    layers_key: str
-    rules: tuple[Rule, ...]
-    refusals: tuple[Refusal, ...]
+_ENTRY_KEYS = frozenset(
+    (
+        "like",
+        "refused",
+        "config",
+        "defaults",
+        "refuse",
+        "prefix",
+        "layers",
+        "embedding",
+        "head",
+        "stem",
+        "layer",
+        "tied_flag",
+    )
+)
+_ROLES = ("writes", "reads", "norm", "ignored")
+_MODULE_KEYS = frozenset((*_ROLES, "kind", "bias", "gain", "when"))
 
 
 def load_table() -> dict[str, Family]:
-    """Every family, by model type."""
-    folder = resources.files("abliterate.architecture") / "families"
-    files = sorted((item for item in folder.iterdir() if item.name.endswith(".yaml")), key=lambda item: item.name)
-    families = [read_family(f.name.removesuffix(".yaml"), yaml.safe_load(f.read_text("utf-8"))) for f in files]
-    return {model_type: family for family in families for model_type in family.tied_by_default}
+    """Every family, by model type.
+
+    Raises:
+        ArchitectureError: an entry is not well formed.
+    """
+    folder = resources.files("abliterate.architecture")
+    parts = yaml.safe_load((folder / "parts.yaml").read_text("utf-8"))
+    files = sorted((f for f in (folder / "families").iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    named = [(f.name.removesuffix(".yaml"), yaml.safe_load(f.read_text("utf-8"))) for f in files]
+    return read_table(named, parts)
+
+
+def read_table(files: Sequence[tuple[str, Mapping[str, Entry]]], parts: Mapping[str, Part]) -> dict[str, Family]:
+    """Files of entries, by the family's name, to families by model type; see `load_table`."""
+    entries: dict[str, Entry] = {}
+    homes: dict[str, str] = {}
+    for family, found in files:
+        for model_type, entry in found.items():
+            _require(
+                model_type not in entries, f"{model_type} has two entries, in {homes.get(model_type)} and {family}"
+            )
+            _require(set(entry) <= _ENTRY_KEYS, f"{model_type}: unknown keys {sorted(set(entry) - _ENTRY_KEYS)}")
+            entries[model_type], homes[model_type] = entry, family
+    return {
+        model_type: _family(homes[model_type], model_type, _inherited(model_type, entries), parts)
+        for model_type in entries
+    }
 
 
 def find_family(model_type: str) -> Family:
     """The entry of a model type.
 
     Raises:
-        ArchitectureError: there is none.
+        ArchitectureError: there is none, or it says that the type is not converted.
     """
     table = load_table()
+    known = ", ".join(sorted(name for name, family in table.items() if family.refused is None))
     if model_type not in table:
-        raise ArchitectureError(
-            f"model type {model_type} is not supported: its residual writers are not in the table; "
-            f"supported: {', '.join(sorted(table))}"
-        )
+        raise ArchitectureError(f"model type {model_type} is not in the table of residual writers; supported: {known}")
+    if (why := table[model_type].refused) is not None:
+        raise ArchitectureError(f"model type {model_type} is not supported: {why}")
     return table[model_type]
-
-
-def read_family(name: str, entry: Mapping[str, Any]) -> Family:
-    """One entry of the table."""
-    keys = entry.get("keys", {})
-    return Family(
-        name,
-        {model_type: bool(facts["tied"]) for model_type, facts in entry["model_types"].items()},
-        entry["stack"],
-        entry["prefix"],
-        entry["embedding"],
-        entry["head"],
-        keys.get("hidden", "hidden_size"),
-        keys.get("layers", "num_hidden_layers"),
-        tuple(_rules(entry)),
-        tuple(Refusal(r["key"], r["why"], r.get("is"), r.get("differs_from")) for r in entry.get("refused", ())),
-    )
-
-
-_SECTIONS: Sequence[tuple[str, Role, str]] = (
-    ("writers", "writer", ""),
-    ("readers", "reader", "reads the stream, or works inside of a sublayer"),
-    ("norms", "norm", "normalises; adds nothing to the stream along a direction of its own"),
-    ("ignored", "outside", "a buffer that transformers does not load"),
-)
-
-
-def _rules(entry: Mapping[str, Any]) -> Iterator[Rule]:
-    for section, role, reason in _SECTIONS:
-        for item in entry.get(section, ()):
-            facts = {"name": item} if isinstance(item, str) else item
-            yield from _rules_of(facts, role, reason)
-
-
-def _rules_of(facts: Mapping[str, Any], role: Role, reason: str) -> Iterator[Rule]:
-    when = facts.get("when", {})
-    only = when.get("only")
-    condition = Condition(
-        when.get("key"), when.get("default", False), tuple(when.get("always", ())), tuple(only) if only else None
-    )
-    gain = facts.get("gain", {})
-    for name in expand(facts["name"]):
-        yield Rule(
-            name, role, facts.get("kind", reason), condition, facts.get("axis", 0), gain.get("tensor"),
-            gain.get("offset", 0.0),
-        )
 
 
 def expand(name: str) -> list[str]:
@@ -176,3 +103,127 @@ def expand(name: str) -> list[str]:
     parts = _CHOICE.split(name)
     choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(pick) for pick in itertools.product(*choices)]
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ArchitectureError(f"the table of architectures is damaged: {problem}")
+
+
+def _inherited(model_type: str, entries: Mapping[str, Entry]) -> Entry:
+    """The entry with what `like` fills in."""
+    entry, seen = entries[model_type], {model_type}
+    while (parent := entry.get("like")) is not None:
+        _require(parent in entries and parent not in seen, f"{model_type} is like {parent}, which does not work")
+        seen.add(parent)
+        own = {key: value for key, value in entry.items() if key != "like"}
+        entry = {**entries[parent], **own}
+    return entry
+
+
+def _family(name: str, model_type: str, entry: Entry, parts: Mapping[str, Part]) -> Family:
+    if "refused" in entry:
+        return Family(name, model_type, entry["refused"])
+    config = entry.get("config", {})
+    family = Family(
+        name,
+        model_type,
+        None,
+        _tuple(config.get("hidden", "hidden_size")),
+        _tuple(config.get("layers", "num_hidden_layers")),
+        entry["defaults"],
+        entry["prefix"],
+        entry["layers"],
+        f"{entry['embedding']}.weight",
+        tuple(f"{head}.weight" for head in entry["head"]),
+        tuple(_rules(entry, parts, model_type)),
+        tuple(Refusal(r["key"], r["why"], r.get("is"), r.get("differs_from")) for r in entry.get("refuse", ())),
+        entry.get("tied_flag", "tie_word_embeddings"),
+    )
+    _check_family(family)
+    return family
+
+
+def _tuple(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _check_family(family: Family) -> None:
+    """No two rules for one tensor; every key has its default; every gain is a norm of the table."""
+    rules = {rule.folded: rule for rule in family.rules}
+    _require(len(rules) == len(family.rules), f"{family.model_type} has two rules for one tensor")
+    _require(family.embedding in rules, f"{family.model_type} has no rule for its embedding")
+    named = {s.removeprefix("not ") for rule in family.rules for s in rule.present.switches}
+    named |= {refusal.key for refusal in family.refusals} | {"tie_word_embeddings"}
+    missing = sorted(named - set(family.defaults))
+    _require(not missing, f"{family.model_type} says no default for {missing}")
+    gains = {rule.gain.tensor.replace(LAYER, "*") for rule in family.rules if rule.gain}
+    _require(gains <= set(rules), f"{family.model_type} has a gain that is no norm: {sorted(gains - set(rules))}")
+
+
+def _rules(entry: Entry, parts: Mapping[str, Part], model_type: str) -> Iterator[Rule]:
+    for section, place in (("stem", ""), ("layer", f"{entry['layers']}.{LAYER}.")):
+        for module, facts in _merged(entry[section], parts, model_type).items():
+            _require(set(facts) <= _MODULE_KEYS, f"{model_type}, {module}: unknown keys in {sorted(facts)}")
+            _require(sum(role in facts for role in _ROLES) == 1, f"{model_type}, {module}: needs one of {_ROLES}")
+            yield from _module_rules(place, module, facts)
+
+
+def _merged(section: Sequence[str | Part], parts: Mapping[str, Part], model_type: str) -> dict[str, dict[str, Any]]:
+    """Module names to facts; later parts add to earlier ones."""
+    modules: dict[str, dict[str, Any]] = {}
+    for item in section:
+        _require(not isinstance(item, str) or item in parts, f"{model_type} names a part that is not there: {item}")
+        for names, facts in (parts[item] if isinstance(item, str) else item).items():
+            for module in expand(names):
+                modules[module] = modules.get(module, {}) | dict(facts)
+    return modules
+
+
+def _module_rules(place: str, module: str, facts: Mapping[str, Any]) -> Iterator[Rule]:
+    """The rules of a module's weight and bias."""
+    name, when = place + module, _tuple(facts.get("when", ()))
+    if "ignored" in facts:
+        yield Rule(name, "outside", facts["ignored"], present=Condition(when), optional=True)
+        return
+    yield _weight_rule(place, name, facts, Condition(when))
+    bias = facts.get("bias", False)
+    if bias is not False:
+        switches = when if bias is True else (*when, bias)
+        yield _bias_rule(place, name, facts, Condition(switches))
+
+
+def _weight_rule(place: str, name: str, facts: Mapping[str, Any], present: Condition) -> Rule:
+    weight = f"{name}.weight"
+    if "writes" in facts:
+        gain = _gain_rule(place, facts)
+        return Rule(weight, "writer", _writes(facts, gain), facts["kind"], facts["writes"], 2, gain, present)
+    if "reads" in facts:
+        return Rule(weight, "reader", "reads the stream, through a norm", "", facts["reads"], 2, present=present)
+    return _norm_rule(weight, facts, present)
+
+
+def _bias_rule(place: str, name: str, facts: Mapping[str, Any], present: Condition) -> Rule:
+    bias = f"{name}.bias"
+    if "writes" in facts:
+        gain = _gain_rule(place, facts)
+        return Rule(bias, "writer", _writes({"kind": f"{facts['kind']} bias"}, gain), "bias", 0, 1, gain, present)
+    if "reads" in facts:
+        return Rule(bias, "reader", "bias inside of a sublayer", "", None, 1, present=present)
+    return _norm_rule(bias, facts, present)
+
+
+def _norm_rule(name: str, facts: Mapping[str, Any], present: Condition) -> Rule:
+    if facts["norm"] == "head":
+        return Rule(name, "norm", "normalises queries or keys head by head", "", None, 1, present=present)
+    return Rule(name, "norm", "normalises the stream for a reader, or a sublayer's output", "", 0, 1, present=present)
+
+
+def _gain_rule(place: str, facts: Mapping[str, Any]) -> GainRule | None:
+    gain = facts.get("gain")
+    return GainRule(f"{place}{gain['norm']}.weight", float(gain["offset"])) if gain else None
+
+
+def _writes(facts: Mapping[str, Any], gain: GainRule | None) -> str:
+    through = f", through {gain.tensor.rpartition('.weight')[0].rpartition('.')[2]}" if gain else ""
+    return f"{facts['kind']}: adds to the stream{through}"

@@ -56,7 +56,10 @@ class Plan:
         embedding: name of the token embedding. `head`: of the output head, stored or as untying would write it.
         tied_flag: dotted key of tie_word_embeddings in config.json.
         layers_prefix: on-disk name of the list of decoder layers.
+        writers: as a forward pass meets them, embeddings first.
         roles: every tensor, in the checkpoint's order.
+        head_copy: the head is tied and a copy of the embedding is stored for it all the same (as in Qwen3-0.6B). Where
+            the head stays tied, the copy takes the embedding's edit; untied, it is what untying would write.
     """
 
     model_type: str
@@ -70,3 +73,4 @@ class Plan:
     layers_prefix: str
     writers: tuple[Writer, ...]
     roles: tuple[TensorRole, ...]
+    head_copy: bool = False
