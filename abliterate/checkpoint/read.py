@@ -44,18 +44,28 @@ def read_tensor(header: Header, info: TensorInfo) -> Tensor:
         return _read(fd, header, info, 0, info.nbytes).reshape(info.shape)
 
 
-def blocks_of(fd: int, header: Header, info: TensorInfo, max_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """`iter_blocks` on a shard that is already open."""
+def blocks_of(
+    fd: int, header: Header, info: TensorInfo, max_bytes: int, buffer: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """`iter_blocks` on a shard that is already open.
+
+    Args:
+        fd: the shard.
+        header: of the shard.
+        info: the tensor.
+        max_bytes: of one block.
+        buffer: uint8 [bytes] to read every block into where it is large enough: a block then holds until the next one.
+    """
     if info.numel == 0:
         return
     if len(info.shape) < 2:
-        yield slice(0, info.numel), _read(fd, header, info, 0, info.nbytes).reshape(info.shape)
+        yield slice(0, info.numel), _read(fd, header, info, 0, info.nbytes, buffer).reshape(info.shape)
         return
     rows, row_bytes = info.shape[0], info.nbytes // info.shape[0]
     step = max(1, max_bytes // row_bytes)
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        block = _read(fd, header, info, first * row_bytes, last * row_bytes)
+        block = _read(fd, header, info, first * row_bytes, last * row_bytes, buffer)
         yield slice(first, last), block.reshape(last - first, *info.shape[1:])
 
 
@@ -109,8 +119,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _read(fd: int, header: Header, info: TensorInfo, first: int, last: int) -> Tensor:
+def _read(fd: int, header: Header, info: TensorInfo, first: int, last: int, buffer: Tensor | None = None) -> Tensor:
     """Bytes [first, last) of a tensor as a flat tensor of its dtype."""
-    buffer = torch.empty(last - first, dtype=torch.uint8)
-    read_exactly(fd, bytes_of(buffer), header.data_start + info.start + first, header.path)
-    return buffer.view(DTYPES[info.dtype])
+    size = last - first
+    room = buffer[:size] if buffer is not None and len(buffer) >= size else torch.empty(size, dtype=torch.uint8)
+    read_exactly(fd, bytes_of(room), header.data_start + info.start + first, header.path)
+    return room.view(DTYPES[info.dtype])

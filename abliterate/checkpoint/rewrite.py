@@ -14,6 +14,7 @@ from torch import Tensor
 from abliterate.checkpoint.diskio import check_space, copy_range, disk_errors, sync, write_all
 from abliterate.checkpoint.extend import TensorCopy, check_copies, extended_header, extended_index
 from abliterate.checkpoint.files import Checkpoint
+from abliterate.checkpoint.finite import is_finite
 from abliterate.checkpoint.hashing import FollowingHash, following
 from abliterate.checkpoint.header import DTYPES, Header, TensorInfo
 from abliterate.checkpoint.read import blocks_of, bytes_of, changed, open_shard, read_exactly
@@ -31,7 +32,7 @@ COPY_BYTES = 32 << 20
 
 
 class TensorEdit(Protocol):
-    """What becomes of one tensor, block by block.
+    """What becomes of one tensor, block by block. A block is lent: its memory is used again after the call.
 
     Attributes:
         passes: how many times the whole stored tensor goes through `measure` before `apply`.
@@ -212,12 +213,13 @@ def _edit(job: _Job, source: int, target: int, region: _Region) -> Iterator[int]
     info = region.info
     assert info is not None
     edit, done = job.edits[info.name], 0
+    buffer = torch.empty(EDIT_BYTES, dtype=torch.uint8)
     for _ in range(edit.passes):
-        for rows, block in blocks_of(source, job.source, info, EDIT_BYTES):
+        for rows, block in blocks_of(source, job.source, info, EDIT_BYTES, buffer):
             _check_finite(job, info, block, "holds")
             edit.measure(rows, block)
             job.advance(block.nbytes)
-    for rows, block in blocks_of(source, job.source, info, EDIT_BYTES):
+    for rows, block in blocks_of(source, job.source, info, EDIT_BYTES, buffer):
         if not edit.passes:
             _check_finite(job, info, block, "holds")
         data = bytes_of(_edited(job, info, edit, rows, block))
@@ -234,13 +236,13 @@ def _edited(job: _Job, info: TensorInfo, edit: TensorEdit, rows: slice, block: T
         raise EditError(
             f"the edit of {info.name} returned {result.dtype} {tuple(result.shape)} for {dtype} {tuple(shape)}"
         )
+    result = result.cpu().contiguous()
     _check_finite(job, info, result, "would, once edited, hold")
-    return result.cpu().contiguous()
+    return result
 
 
 def _check_finite(job: _Job, info: TensorInfo, block: Tensor, verb: str) -> None:
-    values = block if block.dtype.itemsize > 1 else block.float()
-    if not all(bool(torch.isfinite(value)) for value in torch.aminmax(values)):
+    if not is_finite(block):
         raise CheckpointError(
             f"{job.source.path}: tensor {info.name} {verb} NaN or infinite values; the weights are damaged, "
             "download them again"
