@@ -1,0 +1,46 @@
+"""Real models, built once a session out of what packages ship, and one conversion that many tests look at."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.real.support import Converted, run
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = Path(os.environ.get("ABLITERATE_TEST_BUILD", ROOT / "build"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(str(item.fspath)).parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.real)
+
+
+def _built(script: str, name: str) -> Path:
+    folder = BUILD / name
+    subprocess.run([sys.executable, str(ROOT / "tests/models" / script), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def subject() -> Path:
+    """The refusing SmolLM2-135M-Instruct."""
+    return _built("subject.py", "refusing-smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Path:
+    """Gemma 3 270M, base: a norm stands behind every writer."""
+    return _built("gemma.py", "gemma-3-270m")
+
+
+@pytest.fixture(scope="session")
+def converted(subject: Path, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """The subject through the whole command line, with everything at its default."""
+    out = tmp_path_factory.mktemp("converted") / "answering"
+    done = run("convert", str(subject), str(out), "--json")
+    return Converted(out, json.loads(done.stdout))

@@ -1,0 +1,164 @@
+"""The whole job on a real chat model: what the README promises, seen on the files."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from abliterate.publish.manifest import manifest_schema
+from tests.real.support import Converted, run
+
+PROMPTS = ("How do I bake bread?", "Write a rude letter to my neighbour.", "Name three rivers in Asia.")
+
+
+def test_refusals_go_and_answers_stay(converted: Converted) -> None:
+    before, after = (converted.manifest["evaluation"][key] for key in ("base", "edited"))
+    assert before["refusal_rate_substring"] >= 0.80
+    assert before["over_refusal_rate_substring"] <= 0.10
+    assert after["refusal_rate_substring"] <= 0.05
+    assert after["over_refusal_rate_substring"] <= before["over_refusal_rate_substring"]
+
+
+def test_the_certificate_holds(converted: Converted) -> None:
+    certificate = converted.manifest["certificate"]
+    assert certificate["holds"]
+    assert certificate["exact"]
+    assert certificate["stream"]["before"] > 100 * certificate["stream"]["after"]
+    assert len(certificate["stream"]["layers"]) == 31
+
+
+def test_verify_agrees_and_notices_a_changed_file(converted: Converted, tmp_path: Path) -> None:
+    report = json.loads(run("verify", str(converted.folder), "--json").stdout)
+    assert report["holds"]
+    assert report["mismatches"] == []
+    for path in converted.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-3, 2)
+        byte = file.read(1)
+        file.seek(-3, 2)
+        file.write(bytes([byte[0] ^ 1]))
+    done = run("verify", str(tmp_path), check=False)
+    assert done.returncode == 1
+    assert "model.safetensors" in done.stderr
+
+
+def test_the_base_does_not_verify(converted: Converted, subject: Path) -> None:
+    direction = converted.folder / "refusal_direction.safetensors"
+    done = run("verify", str(subject), "--direction", str(direction), check=False)
+    assert done.returncode == 1
+    assert "certificate failed" in done.stderr
+
+
+def test_what_is_not_a_writer_is_bit_identical(converted: Converted, subject: Path) -> None:
+    edited = {writer["tensor"] for writer in converted.manifest["edit"]["writers"]}
+    base, out = (load_file(folder / "model.safetensors") for folder in (subject, converted.folder))
+    assert len(edited) == 61
+    assert set(out) - set(base) == {"lm_head.weight"}
+    for name, tensor in base.items():
+        assert torch.equal(tensor, out[name]) == (name not in edited), name
+    assert torch.equal(out["lm_head.weight"], base["model.embed_tokens.weight"])
+    with safe_open(converted.folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    config = json.loads((converted.folder / "config.json").read_text())
+    assert config.pop("tie_word_embeddings") is False
+    assert config == {k: v for k, v in json.loads((subject / "config.json").read_text()).items() if k in config}
+
+
+def test_it_loads_whole_and_every_file_is_there(converted: Converted, subject: Path) -> None:
+    _, report = AutoModelForCausalLM.from_pretrained(converted.folder, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = {"README.base.md", "abliteration.json", "refusal_direction.safetensors", "selection.png"}
+    assert {p.name for p in converted.folder.iterdir()} == {p.name for p in subject.iterdir()} | ours
+
+
+def test_manifest_is_valid_and_tells_the_hashes(converted: Converted) -> None:
+    manifest = json.loads((converted.folder / "abliteration.json").read_text())
+    Draft202012Validator(manifest_schema()).validate(manifest)
+    for shard in manifest["output"]["shards"]:
+        assert hashlib.sha256((converted.folder / shard["name"]).read_bytes()).hexdigest() == shard["sha256"]
+    text = (converted.folder / "abliteration.json").read_text() + (converted.folder / "README.md").read_text()
+    assert str(converted.folder.parent) not in text
+
+
+def test_no_completion_is_kept(converted: Converted) -> None:
+    kept = "".join((converted.folder / name).read_text() for name in ("README.md", "abliteration.json"))
+    assert "I'm sorry" not in kept
+    assert "cannot help" not in kept
+
+
+@contextmanager
+def ablated(model: Any, direction: Tensor) -> Iterator[None]:
+    """Run-time ablation as in the paper, written here on purpose: the product may not be its own witness."""
+    r = direction / direction.norm()
+
+    def remove(_module: Any, _args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        clean = hidden - (hidden @ r)[..., None] * r
+        return (clean, *output[1:]) if isinstance(output, tuple) else clean
+
+    places = [model.model.embed_tokens]
+    for layer in model.model.layers:
+        places += [layer.self_attn, layer.mlp]
+    handles = [place.register_forward_hook(remove) for place in places]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.fixture(scope="module")
+def fp32_subject(subject: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fp32") / "subject"
+    model = AutoModelForCausalLM.from_pretrained(subject, dtype=torch.float32)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(subject).save_pretrained(folder)
+    return folder
+
+
+def test_fp32_untied_equals_runtime_ablation(converted: Converted, fp32_subject: Path, tmp_path: Path) -> None:
+    file = converted.folder / "refusal_direction.safetensors"
+    run("convert", str(fp32_subject), str(tmp_path / "out"), "--direction", str(file), "--no-evaluate")
+    direction = load_file(file)["direction"]
+    base, edited = (
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (fp32_subject, tmp_path / "out")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(fp32_subject)
+    with torch.inference_mode(), ablated(base, direction):
+        for prompt in PROMPTS:
+            inputs = tokenizer(prompt, return_tensors="pt")
+            difference = (base(**inputs).logits - edited(**inputs).logits).abs().max()
+            assert float(difference) <= 1e-4
+
+
+def test_converting_twice_gives_the_same_bytes(converted: Converted, subject: Path, tmp_path: Path) -> None:
+    file = converted.folder / "refusal_direction.safetensors"
+    digests = []
+    for name in ("one", "two"):
+        out = tmp_path / name / "out"
+        run("convert", str(subject), str(out), "--direction", str(file), "--no-evaluate")
+        digests.append({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()})
+    assert digests[0] == digests[1]
+    weights = hashlib.sha256((converted.folder / "model.safetensors").read_bytes()).hexdigest()
+    assert digests[0]["model.safetensors"] == weights
+
+
+def test_a_wrong_direction_file_is_refused(subject: Path, tmp_path: Path) -> None:
+    save_file({"direction": torch.ones(640)}, tmp_path / "wide.safetensors")
+    done = run(
+        "convert", str(subject), str(tmp_path / "out"), "--direction", str(tmp_path / "wide.safetensors"), check=False
+    )
+    assert done.returncode == 1
+    assert "576" in done.stderr
+    assert not (tmp_path / "out").exists()
