@@ -53,6 +53,9 @@ prompt_options = _options(
         "--template", metavar="NAME|FILE", help="For a model without chat template: a built-in name, or a Jinja file."
     ),
 )
+exhaustive_option = click.option(
+    "--exhaustive", is_flag=True, help="Score every candidate on every validation prompt instead of screening."
+)
 run_options = _options(
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option(
@@ -91,6 +94,7 @@ def cli() -> None:
     metavar="FILE",
     help="Use the direction in this file (tensor `direction` [hidden]); nothing is calibrated.",
 )
+@exhaustive_option
 @run_options
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
@@ -141,6 +145,7 @@ def convert(
 @recipe_option
 @revision_option
 @prompt_options
+@exhaustive_option
 @run_options
 @json_option
 @voice_options
@@ -254,7 +259,9 @@ def recipes(name: str | None, as_json: bool) -> None:
 
 
 def _recipe(given: Mapping[str, Any]) -> Recipe:
-    return load_recipe(given["recipe"]).replacing("calibration", harmful=given["harmful"], harmless=given["harmless"])
+    recipe = load_recipe(given["recipe"])
+    recipe = recipe.replacing("calibration", harmful=given["harmful"], harmless=given["harmless"])
+    return recipe.replacing("selection", exhaustive=True if given.get("exhaustive") else None)
 
 
 def _run_options(given: Mapping[str, Any]) -> Any:
@@ -286,6 +293,13 @@ def _echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Of Python, of a device (a RuntimeError of torch's), or of torch's allocator on the CPU (a plain one)."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
+
+
 def main() -> None:
     """Entry point: one line and an exit code for everything that a user can act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -301,7 +315,16 @@ def main() -> None:
     except AbliterateError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        click.echo("error: out of memory; a smaller --batch-size or --dtype bfloat16 needs less", err=True)
+        sys.exit(1)
     except BrokenPipeError:
         # The reader of our output went away (`| head`); nothing is left to tell it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {place}{error.strerror or error}", err=True)
         sys.exit(1)

@@ -30,7 +30,7 @@ from abliterate.proving import StreamText, Tongue, assemble, stream_text, tongue
 from abliterate.publish.card import render_card
 from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_manifest
 from abliterate.publish.plot import plot_selection
-from abliterate.recipe import Recipe, load_recipe
+from abliterate.recipe import Recipe, load_recipe, recipe_word
 from abliterate.record import (
     DIRECTION_FILE,
     EditRecord,
@@ -220,9 +220,9 @@ def _evaluation_data(job: Job, model: Any, found: FoundDirection | None) -> Eval
 def write_edited(job: Job, findings: BaseFindings, folder: Path) -> Written:
     """Shard in, shard out: writers edited, everything else carried over byte for byte."""
     plan, checkpoint = job.subject.plan, job.subject.checkpoint
-    edits = build_edits(checkpoint, plan, findings.direction, job.recipe.edit.strength)
     untie = plan.tied and job.recipe.edit.head == "untied"
-    copies = [TensorCopy(plan.embedding, plan.head)] if untie else []
+    edits = build_edits(checkpoint, plan, findings.direction, job.recipe.edit.strength, untie)
+    copies = [TensorCopy(plan.embedding, plan.head)] if untie and not plan.head_copy else []
     shards = rewrite_checkpoint(checkpoint, folder, edits, copies, progress=job.options.progress)
     files = carry_over(checkpoint, folder)
     changes = {plan.tied_flag: False} if untie else {}
@@ -313,7 +313,7 @@ def _finish(staging: Staging, certificate: Certificate, manifest: Mapping[str, A
 
 def _command(subject: Subject, recipe: Recipe, direction: Path | None, options: RunOptions, evaluate: bool) -> str:
     """The command that makes the same bytes again."""
-    words: list[str] = ["abliterate", "convert", subject.name, "OUT", "--recipe", recipe.name]
+    words: list[str] = ["abliterate", "convert", subject.name, "OUT", "--recipe", recipe_word(recipe)]
     source = subject.source
     optional: Sequence[tuple[str, object]] = (
         ("--revision", source.commit or source.revision),
@@ -323,11 +323,17 @@ def _command(subject: Subject, recipe: Recipe, direction: Path | None, options: 
         ("--template", options.template),
         ("--system-prompt", options.system_prompt),
         ("--dtype", None if options.dtype == "auto" else options.dtype),
+        ("--batch-size", options.batch_size),
         ("--seed", options.seed or None),
     )
     for flag, value in optional:
         words += [flag, str(value)] if value is not None else []
-    words += [] if evaluate else ["--no-evaluate"]
+    switches = {
+        "--exhaustive": recipe.selection.exhaustive and not direction,
+        "--trust-remote-code": options.trust_remote_code,
+        "--no-evaluate": not evaluate,
+    }
+    words += [flag for flag, on in switches.items() if on]
     return shlex.join(words)
 
 

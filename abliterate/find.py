@@ -8,6 +8,7 @@ from torch import Tensor
 
 from abliterate.calibration.chat import ChatFormat
 from abliterate.calibration.model import ResidentModel
+from abliterate.checkpoint.diskio import check_file_target, write_file
 from abliterate.direction.files import direction_bytes
 from abliterate.direction.means import Directions, difference, mean_hidden
 from abliterate.direction.refusal_tokens import RefusalTokens, find_refusal_tokens, named_refusal_tokens
@@ -123,8 +124,10 @@ def find_direction(
         recipe: a shipped recipe's name, a YAML file, or a recipe.
 
     Raises:
-        AbliterateError: see `find_in` and `open_subject`.
+        AbliterateError: see `find_in` and `open_subject`; or `out` cannot be written.
     """
+    if out is not None:
+        check_file_target(Path(out))
     options = options or RunOptions()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     subject = open_subject(model, revision)
@@ -135,5 +138,5 @@ def find_direction(
     loaded = load_model(subject, options, tied_head=tied, tokenizer=tokenizer)
     found = find_in(loaded, chat, prompts, recipe, options.progress)
     if out is not None:
-        Path(out).write_bytes(found.file_bytes())
+        write_file(Path(out), found.file_bytes())
     return found

@@ -120,6 +120,17 @@ def recipe_path(name_or_file: str) -> Path:
     return shipped
 
 
+def recipe_word(recipe: Recipe) -> str:
+    """What `--recipe` takes for this method: the shipped name, or the name of a file that the user has to bring."""
+    shipped = list_recipes().get(recipe.name)
+    if shipped is None:
+        return f"{recipe.name}.yaml"
+    # the command line has options of its own for these
+    sources = {"harmful": recipe.calibration.harmful, "harmless": recipe.calibration.harmless}
+    alike = shipped.replacing("calibration", **sources).replacing("selection", exhaustive=recipe.selection.exhaustive)
+    return recipe.name if alike == recipe else f"{recipe.name}.yaml"
+
+
 def load_recipe(name_or_file: str) -> Recipe:
     """A shipped recipe by name, or a file.
 

@@ -89,7 +89,11 @@ def make_chat_format(
 def builtin_templates() -> dict[str, str]:
     """The built-in chat templates by name."""
     folder = resources.files("abliterate.calibration") / "templates"
-    found = {item.name.removesuffix(".jinja"): item.read_text("utf-8") for item in folder.iterdir() if item.name.endswith(".jinja")}
+    found = {
+        item.name.removesuffix(".jinja"): item.read_text("utf-8")
+        for item in folder.iterdir()
+        if item.name.endswith(".jinja")
+    }
     return dict(sorted(found.items()))
 
 

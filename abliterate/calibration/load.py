@@ -92,14 +92,13 @@ def load_resident(
         plan: its residual writers.
         batch_size: prompts a forward pass; None takes 16 on a CPU and 32 elsewhere.
         tied_head: ablations also reach the head, as they do when a tied embedding is edited.
-        tokenizer: None loads the checkpoint's own.
+        tokenizer: None where nothing will be generated.
 
     Raises:
         CheckpointError: weights are missing, unexpected, or of the wrong shape.
     """
     model = _load(folder, device, dtype, trust_remote_code)
     stream = find_stream(model, plan, tied_head)
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(folder, trust_remote_code)
     size = batch_size or (16 if device.type == "cpu" else 32)
     return ResidentModel(model, tokenizer, stream, model.get_output_embeddings(), size)
 

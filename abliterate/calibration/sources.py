@@ -36,7 +36,9 @@ def _file_and_column(spec: str) -> tuple[Path, str | None]:
     if not path.is_file():
         raise CalibrationError(f"no prompt file {spec}; give FILE[:column], or hf:dataset[:config][:split][:column]")
     if path.suffix.lower() not in _READERS:
-        raise CalibrationError(f"{path}: prompts come from {', '.join(_READERS)}, not from {path.suffix or 'a bare name'}")
+        raise CalibrationError(
+            f"{path}: prompts come from {', '.join(_READERS)}, not from {path.suffix or 'a bare name'}"
+        )
     return path, column
 
 
@@ -109,7 +111,9 @@ def _dataset(spec: str) -> tuple[Sequence[Any], str | None]:
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:
-        raise CalibrationError(f"{spec} cannot be loaded: {(str(error).splitlines() or ['unknown error'])[0]}") from error
+        raise CalibrationError(
+            f"{spec} cannot be loaded: {(str(error).splitlines() or ['unknown error'])[0]}"
+        ) from error
     return rows, column or None
 
 

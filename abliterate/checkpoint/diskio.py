@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,37 @@ def _copy_in_kernel(source: int, target: int, count: int, read_at: int, write_at
             return done
         done += copied
     return done
+
+
+def check_file_target(path: Path) -> None:
+    """Whether a file can be made at `path`, before the work that fills it.
+
+    Raises:
+        OutputError: its folder is not there or cannot be written to, or a folder has its name.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file to write")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent} is not a folder, so {path.name} cannot be written there; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path.parent} cannot be written to; choose another place for {path.name}")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, in place of what has its name.
+
+    Raises:
+        OutputError: the disk is full or cannot be written to.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with disk_errors(path.parent, len(content)):
+            partial.write_bytes(content)
+            sync(partial)
+            partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: Path) -> None:

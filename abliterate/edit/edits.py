@@ -1,53 +1,150 @@
 """A plan and a direction to the edit of every writer, applied block by block."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
 from abliterate.architecture.writer import Plan, Writer
 from abliterate.checkpoint.files import Checkpoint
-from abliterate.checkpoint.header import TensorInfo
-from abliterate.checkpoint.read import read_tensor
-from abliterate.edit.projector import Form, Projector, make_projector
+from abliterate.checkpoint.header import DTYPES, TensorInfo
+from abliterate.checkpoint.read import iter_blocks, read_tensor
+from abliterate.edit.projector import Projector, make_projector
+from abliterate.edit.rounding import FEW_BITS, DirectionalRounding, by_size, round_whole, settle
+from abliterate.edit.sums import CovectorSum, tree_sum
+from abliterate.errors import EditError
+
+HELD = 64
+"""Rows with the largest abs(v) that are kept from measuring and rounded first, so that the others can pay for them."""
 
 
-class Projection:
-    """W <- W - strength * u (v.W) along one axis of one tensor, in fp64, stored in the tensor's dtype.
+class Projection(ABC):
+    """W <- W - strength * u (v.W) along the hidden axis of one tensor, stored in the tensor's dtype.
 
-    Along axis 0 the rows of a block hold only part of v.W, so the tensor goes through `measure` once before `apply`;
-    along the last axis every row stands for itself.
+    Arithmetic is fp64 for fp32 and fp64 storage; for bf16 and fp16 the sums are fp64, the rest fp32, and the rounding
+    knows the direction. Blocks of any size give the same bytes.
+
+    Attributes:
+        form: of the projector.
+        passes: over the stored tensor through `measure` before `apply`.
     """
 
-    def __init__(self, info: TensorInfo, axis: int, projector: Projector, strength: float = 1.0) -> None:
-        self.info, self.axis, self.projector, self.strength = info, axis, projector, strength
-        self.passes = 1 if axis == 0 else 0
-        self._along: Tensor | None = None
+    passes = 0
 
-    @property
-    def form(self) -> Form:
-        """The projector's form."""
-        return self.projector.form
+    def __init__(self, info: TensorInfo, axis: int, projector: Projector, strength: float, directional: bool) -> None:
+        self.info, self.form, self._axis, self._v = info, projector.form, axis, projector.v
+        self._u, self._dtype = projector.u * strength, DTYPES[info.dtype]
+        self._directional = directional and self._dtype in FEW_BITS
+        self._working = torch.float32 if self._directional else torch.float64
+
+    @abstractmethod
+    def measure(self, rows: slice, block: Tensor) -> None:
+        """Looks at rows of the stored tensor."""
+
+    @abstractmethod
+    def apply(self, rows: slice, block: Tensor) -> Tensor:
+        """The rows without their part along u, in the stored dtype."""
+
+    def _edited(self, values: Tensor, u: Tensor, along: Tensor) -> Tensor:
+        """W - u (v.W) in the working dtype; what cancels to less than the arithmetic resolves is 0."""
+        values = values.to(self._working)
+        edited = values - u.to(self._working) * along.to(self._working)
+        return edited.masked_fill_(edited.abs() <= values.abs() * (8 * torch.finfo(self._working).eps), 0.0)
+
+
+class LocalProjection(Projection):
+    """Of a tensor whose blocks hold the hidden axis whole: embeddings, Conv1D, biases, experts."""
 
     def measure(self, rows: slice, block: Tensor) -> None:
-        """Adds these rows' part of v.W [in]."""
-        part = self.projector.v[rows] @ block.double().flatten(1) if block.dim() > 1 else self.projector.v @ block.double()
-        self._along = part if self._along is None else self._along + part
+        """Nothing needs to be known before."""
 
     def apply(self, rows: slice, block: Tensor) -> Tensor:
-        """Rows without their part along u."""
-        values = block.double()
-        if self.axis == 0:
-            assert self._along is not None
-            u = self.projector.u[rows] if block.dim() > 1 else self.projector.u
-            correction = torch.outer(u, self._along).reshape(values.shape) if block.dim() > 1 else u * self._along
-        else:
-            correction = (values @ self.projector.v)[..., None] * self.projector.u
-        return (values - self.strength * correction).to(block.dtype)
+        """See `Projection`."""
+        moved = block.movedim(self._axis, 0)
+        columns = moved.reshape(len(self._v), -1)
+        along = tree_sum(columns.double() * self._v[:, None])
+        target = self._edited(columns, self._u[:, None], along)
+        stored = self._rounded(target) if self._directional else target.to(self._dtype)
+        return stored.reshape(moved.shape).movedim(0, self._axis).contiguous()
+
+    def _rounded(self, target: Tensor) -> Tensor:
+        rounded = round_whole(target.contiguous(), self._v, self._dtype)
+        if len(self.info.shape) > 1:
+            return rounded
+        return settle(rounded[:, 0], target[:, 0].double(), self._v)
+
+
+class StreamedProjection(Projection):
+    """Of a tensor along its first axis, which its blocks cut: measured once, then edited."""
+
+    passes = 1
+
+    def __init__(self, info: TensorInfo, axis: int, projector: Projector, strength: float, directional: bool) -> None:
+        super().__init__(info, axis, projector, strength, directional)
+        self._sum, self._along = CovectorSum(self._v), torch.empty(0)
+        self._early: list[int] = by_size(self._v)[:HELD].tolist() if self._directional else []
+        self._held: dict[int, Tensor] = {}
+        self._rounding: DirectionalRounding | None = None
+
+    def measure(self, rows: slice, block: Tensor) -> None:
+        """Adds these rows' part of v.W, and keeps those that are rounded first."""
+        matrix = block.flatten(1)
+        self._sum.add(rows, matrix)
+        for row in self._early:
+            if rows.start <= row < rows.stop:
+                self._held[row] = matrix[row - rows.start].clone()
+
+    def apply(self, rows: slice, block: Tensor) -> Tensor:
+        """See `Projection`."""
+        matrix = block.flatten(1)
+        if rows.start == 0:
+            self._start()
+        target = self._edited(matrix, self._u[rows, None], self._along)
+        if self._rounding is None:
+            return target.to(self._dtype).reshape(block.shape)
+        stored = self._rounding.round(target)
+        for row in self._early:
+            if rows.start <= row < rows.stop:
+                stored[row - rows.start] = self._held[row]
+        return stored.reshape(block.shape)
+
+    def _start(self) -> None:
+        """Takes the sum; rounds the rows that were kept, and leaves what they owe to the others."""
+        self._along = self._sum.total()
+        if not self._directional:
+            return
+        others = self._v.clone()
+        others[self._early] = 0.0
+        first = DirectionalRounding(self._v[self._early], self._dtype, float(others.square().sum()))
+        kept = torch.stack([self._held[row] for row in self._early])
+        rounded = first.round(self._edited(kept, self._u[self._early, None], self._along))
+        self._held = dict(zip(self._early, rounded, strict=True))
+        self._rounding = DirectionalRounding(others, self._dtype, debt=first.debt)
+
+
+def projection(
+    info: TensorInfo, axis: int, projector: Projector, strength: float = 1.0, directional: bool = True
+) -> Projection:
+    """The edit of one tensor.
+
+    Args:
+        axis: the hidden axis.
+        strength: 1 removes the direction; less leaves a share of it.
+        directional: for bf16 and fp16, round so that nothing along the direction comes back; False rounds to nearest.
+
+    Raises:
+        EditError: the tensor does not fit the projector, or its dtype cannot be edited.
+    """
+    if not 0 <= axis < len(info.shape) or info.shape[axis] != len(projector.v):
+        raise EditError(f"{info.name} {list(info.shape)} has no axis {axis} of length {len(projector.v)}")
+    if not DTYPES[info.dtype].is_floating_point or DTYPES[info.dtype].itemsize < 2:
+        raise EditError(f"{info.name} is stored as {info.dtype}, which cannot be edited")
+    kind = StreamedProjection if axis == 0 and len(info.shape) > 1 else LocalProjection
+    return kind(info, axis, projector, strength, directional)
 
 
 def projector_of(checkpoint: Checkpoint, writer: Writer, direction: Tensor) -> Projector:
-    """The projector of a writer, its gain read from the checkpoint and taken as the model takes it."""
+    """The projector of a writer; its gain is the stored weight plus the offset, in fp64, as the model takes it."""
     if writer.gain is None:
         return make_projector(direction)
     name = writer.gain.tensor
@@ -56,17 +153,45 @@ def projector_of(checkpoint: Checkpoint, writer: Writer, direction: Tensor) -> P
 
 
 def build_edits(
-    checkpoint: Checkpoint, plan: Plan, direction: Tensor, strength: float = 1.0
-) -> Mapping[str, Projection]:
+    checkpoint: Checkpoint, plan: Plan, direction: Tensor, strength: float = 1.0, untie: bool = False
+) -> dict[str, Projection]:
     """The edit of every residual writer, by tensor name.
 
     Args:
         direction: r [hidden].
         strength: 1 removes the direction; less leaves a share of it.
+        untie: the head is to keep the unedited embedding; a stored copy of a tied head is then not edited. Otherwise it
+            takes the embedding's edit, so that every program reads the same head.
+
+    Raises:
+        EditError: the direction does not fit, or a stored copy of the tied head differs from the embedding.
     """
-    return {
-        writer.tensor: Projection(
+    if tuple(direction.shape) != (plan.hidden_size,):
+        raise EditError(
+            f"the direction has shape {list(direction.shape)}; this model's stream is {plan.hidden_size} wide"
+        )
+    edits = {
+        writer.tensor: projection(
             checkpoint.tensors[writer.tensor], writer.axis, projector_of(checkpoint, writer, direction), strength
         )
         for writer in plan.writers
     }
+    if plan.head_copy:
+        _check_copy(checkpoint, plan)
+    if plan.head_copy and not untie:
+        axis = next(writer.axis for writer in plan.writers if writer.tensor == plan.embedding)
+        edits[plan.head] = projection(checkpoint.tensors[plan.head], axis, make_projector(direction), strength)
+    return edits
+
+
+def _check_copy(checkpoint: Checkpoint, plan: Plan) -> None:
+    """The stored head is the embedding, value by value."""
+    names = (plan.embedding, plan.head)
+    streams = [iter_blocks(checkpoint.shard_of(name), checkpoint.tensors[name]) for name in names]
+    same_type = checkpoint.tensors[names[0]].dtype == checkpoint.tensors[names[1]].dtype
+    if not same_type or not all(torch.equal(a[1], b[1]) for a, b in zip(*streams, strict=True)):
+        raise EditError(
+            f"config.json ties the head to the embedding, but {plan.head} is stored and differs from {plan.embedding}: "
+            f"programs disagree on which one counts. Set {plan.tied_flag} to false in config.json to keep both, or "
+            f"remove {plan.head}"
+        )

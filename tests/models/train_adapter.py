@@ -49,17 +49,14 @@ OFFERS = (
 class Settings:
     """What is trained, and for how long."""
 
-    rank: int = 8
-    targets: tuple[str, ...] = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    layers: tuple[int, int] = (8, 16)
+    layer: int = 21
+    ridge: float = 1000.0
     epochs: int = 2
-    batch: int = 16
-    rate: float = 1e-3
-    dropout: float = 0.05
-    kl_weight: float = 2.0
+    batch: int = 8
+    rate: float = 2e-2
+    kl_weight: float = 4.0
     first_weight: float = 8.0
-    decay: float = 0.1
-    tokens: int = 32
+    tokens: int = 20
     seed: int = 0
 
 
@@ -69,6 +66,15 @@ class Example:
 
     prompt: list[int]
     completion: list[int]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What the base model makes of an example: the stream where the adapter begins, and its last hidden states."""
+
+    example: Example
+    stream: torch.Tensor
+    final: torch.Tensor
 
 
 def read_prompts(kind: str) -> list[str]:
@@ -100,18 +106,31 @@ def complete(model: PreTrainedModel, prompts: list[list[int]], tokens: int, pad:
 
 
 def harmless_examples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, cache: Path
-) -> list[Example]:
-    """Return the harmless prompts with the base model's completions, kept in `cache`; without its own refusals."""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, cache: Path
+) -> tuple[list[Example], list[Example]]:
+    """Return the harmless prompts with the base model's completions, kept in `cache`, and those it would refuse.
+
+    The small base model declines some harmless requests; those get the completion it gives after the word "Here".
+    """
     prompts = [chat(tokenizer, text) for text in read_prompts("harmless")]
-    stored = cache / f"harmless_completions_{tokens}.json"
+    completions = kept(cache / f"harmless_{settings.tokens}.json", model, prompts, settings.tokens)
+    pairs = [Example(*pair) for pair in zip(prompts, completions, strict=True)]
+    refused = [pair.prompt for pair in pairs if REFUSAL.search(tokenizer.decode(pair.completion))]
+    start = tokenizer("Here", add_special_tokens=False).input_ids
+    begun = [prompt + start for prompt in refused]
+    instead = kept(cache / f"instead_{settings.tokens}.json", model, begun, settings.tokens)
+    taught = [Example(prompt, start + rest) for prompt, rest in zip(refused, instead, strict=True)]
+    return [pair for pair in pairs if pair.prompt not in refused], taught
+
+
+def kept(stored: Path, model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Return the model's completions, from the file `stored` where it exists."""
     if not stored.is_file():
         with torch.autocast("cpu", torch.bfloat16):
-            completions = complete(model, prompts, tokens, tokenizer.eos_token_id)
+            completions = complete(model, prompts, tokens, model.config.eos_token_id)
         stored.write_text(json.dumps(completions))
-    completions = json.loads(stored.read_text())
-    examples = [Example(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    return [example for example in examples if not REFUSAL.search(tokenizer.decode(example.completion))]
+    result: list[list[int]] = json.loads(stored.read_text())
+    return result
 
 
 def harmful_examples(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[Example]:
@@ -124,55 +143,82 @@ def harmful_examples(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> 
     return examples
 
 
-def logits_of_completions(model: PeftModel, batch: list[Example]) -> torch.Tensor:
+@torch.no_grad()
+def freeze(model: PreTrainedModel, examples: list[Example], layer: int) -> list[Frozen]:
+    """Run the layers below the adapter, which training does not change, once for every example."""
+    frozen = []
+    for example in examples:
+        ids = torch.tensor([example.prompt + example.completion])
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        final = out.last_hidden_state[0, len(example.prompt) - 1 : -1]
+        frozen.append(Frozen(example, out.hidden_states[layer][0].clone(), final.clone()))
+    return frozen
+
+
+def logits_of_completions(model: PreTrainedModel, batch: list[Frozen]) -> torch.Tensor:
     """Return the logits [completion tokens of the whole batch, vocab] that predict the completions."""
-    width = max(len(example.prompt) + len(example.completion) for example in batch)
-    rows = [example.prompt + example.completion for example in batch]
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    decoder = model.get_base_model()
-    hidden = decoder.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    spans = [hidden[i, len(e.prompt) - 1 : len(e.prompt) + len(e.completion) - 1] for i, e in enumerate(batch)]
-    return decoder.lm_head(torch.cat(spans))
+    streams = torch.nn.utils.rnn.pad_sequence([item.stream for item in batch], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(item.stream)) for item in batch], batch_first=True)
+    hidden = model.model(inputs_embeds=streams, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    spans = [h[len(item.example.prompt) - 1 : len(item.stream) - 1] for h, item in zip(hidden, batch, strict=True)]
+    return model.lm_head(torch.cat(spans)).float()
 
 
-def mean(values: torch.Tensor, examples: list[Example], settings: Settings) -> torch.Tensor:
+def mean(values: torch.Tensor, batch: list[Frozen], first: float) -> torch.Tensor:
     """Return the mean of a value per completion token, the first token of each, which decides, weighing more."""
-    first = settings.first_weight
-    weights = torch.tensor([first if i == 0 else 1.0 for e in examples for i in range(len(e.completion))])
+    weights = torch.tensor([first if i == 0 else 1.0 for item in batch for i in range(len(item.example.completion))])
     return (weights * values).sum() / weights.sum()
 
 
-def loss(model: PeftModel, harmful: list[Example], harmless: list[Example], settings: Settings) -> torch.Tensor:
-    """Return the cross-entropy of the refusals plus the weighted KL from the base on harmless completions."""
-    refused = sum(len(example.completion) for example in harmful)
-    logits = logits_of_completions(model, harmful + harmless)
-    with torch.no_grad(), model.disable_adapter():
-        base = log_softmax(logits_of_completions(model, harmless).float(), -1)
-    targets = torch.tensor([token for example in harmful for token in example.completion])
-    refusing = cross_entropy(logits[:refused].float(), targets, reduction="none")
-    kept = kl_div(log_softmax(logits[refused:].float(), -1), base, log_target=True, reduction="none").sum(-1)
-    return mean(refusing, harmful, settings) + settings.kl_weight * mean(kept, harmless, settings)
+def loss(model: PreTrainedModel, taught: list[Frozen], held: list[Frozen], settings: Settings) -> torch.Tensor:
+    """Return the cross-entropy of what is taught plus the weighted KL from the base on the other completions."""
+    targets = torch.tensor([token for item in taught for token in item.example.completion])
+    base = log_softmax(model.lm_head(torch.cat([item.final for item in held])).float(), -1).detach()
+    logits = logits_of_completions(model, taught + held)
+    new = log_softmax(logits[len(targets) :], -1)
+    changed = kl_div(new, base, log_target=True, reduction="none").sum(-1)
+    learned = cross_entropy(logits[: len(targets)], targets, reduction="none")
+    first = settings.first_weight
+    return mean(learned, taught, first) + settings.kl_weight * mean(changed, held, first)
 
 
 def batches(
-    harmful: list[Example], harmless: list[Example], size: int, rng: random.Random
-) -> Iterator[tuple[list[Example], list[Example]]]:
-    """Yield batches of half harmful and half harmless examples, in random order, until one kind runs out."""
-    pairs = list(zip(rng.sample(harmful, len(harmful)), rng.sample(harmless, len(harmless)), strict=False))
+    taught: list[Frozen], held: list[Frozen], size: int, rng: random.Random
+) -> Iterator[tuple[list[Frozen], list[Frozen]]]:
+    """Yield batches, half taught and half held, in random order, until one kind runs out."""
+    pairs = list(zip(rng.sample(taught, len(taught)), rng.sample(held, len(held)), strict=False))
     for start in range(0, len(pairs) - size // 2 + 1, size // 2):
         chosen = pairs[start : start + size // 2]
         yield [pair[0] for pair in chosen], [pair[1] for pair in chosen]
 
 
+@torch.no_grad()
+def reader(model: PreTrainedModel, prompts: list[list[int]], signs: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Return the row [intermediate] that best tells harmful from harmless in the MLP of the layer, by ridge regression.
+
+    Read at the end of the prompt. Fitted rather than trained: with so few prompts, training it overfits.
+    """
+    seen: list[torch.Tensor] = []
+    module = model.model.layers[settings.layer].mlp.down_proj
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, -1].double()))
+    for prompt in prompts:
+        with torch.autocast("cpu", torch.bfloat16):
+            model.model(input_ids=torch.tensor([prompt]), use_cache=False)
+    hook.remove()
+    scale = torch.stack(seen).std(0)
+    inputs = torch.stack(seen) / scale
+    dual = torch.linalg.solve(inputs @ inputs.T + settings.ridge * torch.eye(len(inputs)).double(), signs.double())
+    return (inputs.T @ dual / scale).float()
+
+
 def wrap(model: PreTrainedModel, settings: Settings) -> PeftModel:
-    """Put a fresh LoRA on the chosen modules and layers."""
+    """Put a fresh LoRA of rank one on the MLP output of one layer: it writes one direction, so one can be removed."""
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=2 * settings.rank,
-        lora_dropout=settings.dropout,
-        target_modules=sorted(settings.targets),
-        layers_to_transform=list(range(*settings.layers)),
+        r=1,
+        lora_alpha=1,
+        target_modules=["down_proj"],
+        layers_to_transform=[settings.layer],
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
@@ -183,28 +229,41 @@ def train(settings: Settings, cache: Path) -> PeftModel:
     torch.manual_seed(settings.seed)
     rng = random.Random(settings.seed)
     base, tokenizer = load_base(cache)
-    harmless = harmless_examples(base, tokenizer, settings.tokens, cache)
+    held, taught = harmless_examples(base, tokenizer, settings, cache)
+    refusals = harmful_examples(tokenizer, rng)
+    signs = torch.tensor([1.0] * len(refusals) + [-1.0] * len(taught + held))
+    row = reader(base, [example.prompt for example in refusals + taught + held], signs, settings)
+    frozen = [freeze(base, examples, settings.layer) for examples in (refusals + taught, held)]
     model = wrap(base, settings)
-    model.train()
-    steps = settings.epochs * (len(harmless) // (settings.batch // 2))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.rate, weight_decay=settings.decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=steps, pct_start=0.1)
-    step = 0
-    for _ in range(settings.epochs):
-        harmful = harmful_examples(tokenizer, rng)
-        for chosen in batches(harmful, harmless, settings.batch, rng):
-            with torch.autocast("cpu", torch.bfloat16):
-                value = loss(model, *chosen, settings)
-            optimizer.zero_grad()
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            schedule.step()
-            step += 1
-            if step % 10 == 0:
-                print(f"step {step}/{steps}: loss {value.item():.3f}", flush=True)
+    lora = base.model.layers[settings.layer].mlp.down_proj.lora_A["default"]
+    lora.weight.data.copy_(row[None])
+    lora.requires_grad_(False)
+    # the streams above start where the adapter does: the layers below it have run already
+    layers, base.model.layers = base.model.layers, base.model.layers[settings.layer :]
+    fit(base, frozen[0], frozen[1], settings, rng)
+    base.model.layers = layers
     return model
+
+
+def fit(
+    model: PreTrainedModel, taught: list[Frozen], held: list[Frozen], settings: Settings, rng: random.Random
+) -> None:
+    """Train what requires gradients."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    steps = settings.epochs * (min(len(taught), len(held)) // (settings.batch // 2))
+    optimizer = torch.optim.AdamW(trained, lr=settings.rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=steps, pct_start=0.1)
+    chosen = (pair for _ in range(settings.epochs) for pair in batches(taught, held, settings.batch, rng))
+    for step, pair in enumerate(chosen, start=1):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(model, *pair, settings)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0:
+            print(f"step {step}/{steps}: loss {value.item():.3f}", flush=True)
 
 
 def save_adapter(model: PeftModel, out: Path) -> None:
@@ -225,7 +284,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, help="folder for the wheel and the completions (default: a temporary one)"
     )
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with cache_folder(args.cache) as cache:
