@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from abliterate.publish.candidates import ranked, verdict
 from abliterate.publish.figures import significant, visible
-from abliterate.publish.markdown import code, plain
+from abliterate.publish.markdown import code, plain, table
 
 Manifest = Mapping[str, Any]
 
@@ -30,6 +31,7 @@ def method_text(manifest: Manifest) -> dict[str, Any]:
         "position": f"{pick['position']}{_token(pick['position'], manifest['calibration'])}",
         "prompts": _prompts(manifest["calibration"]),
         "selection": _selection(selection),
+        "candidates": _candidates(selection),
     }
 
 
@@ -68,6 +70,19 @@ def _selection(selection: Manifest) -> str:
         f"{limits['max_layer_fraction']:g} of the depth; "
         f"{len(selection['candidates'])} candidates were {_searched(selection)}."
     )
+
+
+def _candidates(selection: Manifest) -> str:
+    rows = [
+        [
+            verdict(row, selection),
+            str(row["position"]),
+            str(row["layer"]),
+            *(significant(row[key]) for key in ("bypass", "induce", "kl")),
+        ]
+        for row in ranked(selection)
+    ]
+    return table(["candidate", "position", "layer", "bypass", "induce", "KL"], rows, right=5)
 
 
 def _searched(selection: Manifest) -> str:

@@ -1,6 +1,5 @@
 """Results on the terminal: tables that fit 80 columns, and are plain text when piped."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -11,12 +10,12 @@ from rich.text import Text
 
 from abliterate.architecture.writer import Plan
 from abliterate.evaluation.metrics import Evaluation
+from abliterate.publish.candidates import SHOWN, ranked, verdict
 from abliterate.publish.figures import claim_of, metric_rows, significant, visible, writer_groups
 from abliterate.publish.plan_view import Sized, note, plan_table, simple_table, tensor_sizes
 
 Record = Mapping[str, Any]
-_SHOWN_CANDIDATES, _SHOWN_NAMES = 8, 5
-_ORDER = ("picked", "passed", "kl", "induce", "nan", "screened", "layer")
+_SHOWN_NAMES = 5
 
 
 class Report(Protocol):
@@ -70,17 +69,17 @@ def compare_table(evaluations: Mapping[str, Record]) -> Table:
     return table
 
 
-def selection_table(selection: Record, most: int = _SHOWN_CANDIDATES) -> Table:
+def selection_table(selection: Record, most: int = SHOWN) -> Table:
     """The best candidates, the pick first, with the filter that each of the others fails."""
     table = simple_table(Text(_searched(selection, most), "dim"))
     for name in ("position", "layer", "bypass", "induce", "KL", "prompts"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for row in sorted(selection["candidates"], key=_rank)[:most]:
+    for row in ranked(selection, most):
         scores = [significant(row[key]) for key in ("bypass", "induce", "kl")]
         cells = [str(row["position"]), str(row["layer"]), *scores, str(row["prompts"])]
         style = "bold" if row["status"] == "picked" else ""
-        table.add_row(*map(Text, cells), Text(_verdict(row["status"], selection)), style=style)
+        table.add_row(*map(Text, cells), Text(verdict(row, selection)), style=style)
     return table
 
 
@@ -143,26 +142,6 @@ def print_evaluation(report: Report) -> None:
 
 def _print(renderable: RenderableType) -> None:
     Console(highlight=False, markup=False, emoji=False).print(renderable)
-
-
-def _rank(row: Record) -> tuple[int, float, int, int]:
-    """The pick, what passes by bypass, then what a filter drops; what was not measured last."""
-    bypass = row["bypass"] if row["bypass"] is not None and math.isfinite(row["bypass"]) else math.inf
-    return _ORDER.index(row["status"]), bypass, row["layer"], -row["position"]
-
-
-def _verdict(status: str, selection: Record) -> str:
-    limits = selection["thresholds"]
-    if status == "picked":
-        return "picked (KL bound relaxed)" if selection["relaxed"] else "picked"
-    reasons = {
-        "kl": f"KL above {limits['max_kl']:g}",
-        "induce": f"induce below {limits['min_induce']:g}",
-        "nan": "not a number",
-        "screened": "dropped early",
-        "layer": "layer too late",
-    }
-    return reasons.get(status, status)
 
 
 def _searched(selection: Record, most: int) -> str:
