@@ -7,8 +7,10 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,8 @@ def convert(
     model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: bool, as_json: bool, **given: Any
 ) -> None:
     """Find the refusal direction of MODEL, project it out of its weights, write OUT, and prove the result."""
-    from abliterate import conversion
+    with _loading():
+        from abliterate import conversion, dryrun
 
     common: dict[str, Any] = {
         "recipe": _recipe(given),
@@ -115,11 +118,10 @@ def convert(
         "evaluate": not no_evaluate,
     }
     if dry_run:
-        job = conversion.prepare(model, **common)
-        conversion.check_output(job, out, overwrite)
-        _print_plan(job.subject.plan, job.subject.checkpoint, as_json)
+        would = dryrun.dry_run(model, out, overwrite=overwrite, **common)
+        _print_plan(would.plan, would.checkpoint, as_json)
         if not as_json:
-            click.echo(f"dry run: {conversion.summary_of(job, out)}; nothing was written")
+            click.echo(f"dry run: {would.summary}; nothing was written")
         return
     result = conversion.convert(model, out, overwrite=overwrite, **common)
     if as_json:
@@ -155,9 +157,10 @@ def direction(model: str, out: Path, as_json: bool, **given: Any) -> None:
     FILE holds `direction` [hidden], the pick; `directions` [positions, layers, hidden], the candidate grid; and the
     grid's `bypass`, `induce` and `kl` scores.
     """
-    from abliterate.find import find_direction, thresholds_of
-    from abliterate.publish.summary import print_selection
-    from abliterate.record import selection_record
+    with _loading():
+        from abliterate.find import find_direction, thresholds_of
+        from abliterate.publish.summary import print_selection
+        from abliterate.record import selection_record
 
     recipe = _recipe(given)
     found = find_direction(model, recipe=recipe, revision=given["revision"], options=_run_options(given), out=out)
@@ -176,10 +179,11 @@ def direction(model: str, out: Path, as_json: bool, **given: Any) -> None:
 @voice_options
 def plan(model: str, as_json: bool, **given: Any) -> None:
     """Show what would be edited, what is kept, and why: every tensor accounted for, from headers alone."""
-    from abliterate.subject import open_subject
+    with _loading():
+        from abliterate.planning import plan_and_headers
 
-    subject = open_subject(model, given["revision"])
-    _print_plan(subject.plan, subject.checkpoint, as_json)
+    _set_up_logging(given)
+    _print_plan(*plan_and_headers(model, given["revision"]), as_json)
 
 
 @cli.command()
@@ -197,9 +201,10 @@ def plan(model: str, as_json: bool, **given: Any) -> None:
 @voice_options
 def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any) -> None:
     """Measure the certificate of CHECKPOINT again, on its files; exit 1 when it does not hold."""
-    from abliterate import verification
-    from abliterate.publish.summary import print_certificate
-    from abliterate.record import certificate_record
+    with _loading():
+        from abliterate import verification
+        from abliterate.publish.summary import print_certificate
+        from abliterate.record import certificate_record
 
     given["system_prompt"] = None
     result = verification.verify(
@@ -227,8 +232,9 @@ def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any)
 @voice_options
 def evaluate(model: str, baseline: str | None, as_json: bool, **given: Any) -> None:
     """Measure refusals, over-refusals, loss, and the distance to a baseline, on held-out prompts."""
-    from abliterate import measuring
-    from abliterate.publish.summary import print_evaluation
+    with _loading():
+        from abliterate import measuring
+        from abliterate.publish.summary import print_evaluation
 
     report = measuring.evaluate(
         model, baseline=baseline, revision=given["revision"], recipe=_recipe(given), options=_run_options(given)
@@ -256,6 +262,19 @@ def recipes(name: str | None, as_json: bool) -> None:
         _echo_json(recipe.as_dict())
     else:
         click.echo(recipe_path(name).read_text(encoding="utf-8").rstrip())
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Ctrl-C waits until libraries are loaded: halfway, some swallow it, and others end the process in their own way."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _recipe(given: Mapping[str, Any]) -> Recipe:
@@ -300,6 +319,11 @@ def _out_of_memory(error: Exception) -> bool:
     )
 
 
+def _complain(message: str) -> None:
+    """One line, whatever names and values are in it."""
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+
+
 def main() -> None:
     """Entry point: one line and an exit code for everything that a user can act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -313,12 +337,12 @@ def main() -> None:
         click.echo("interrupted: nothing was written", err=True)
         sys.exit(130)
     except AbliterateError as error:
-        click.echo(f"error: {error}", err=True)
+        _complain(str(error))
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        click.echo("error: out of memory; a smaller --batch-size or --dtype bfloat16 needs less", err=True)
+        _complain("out of memory; a smaller --batch-size or --dtype bfloat16 needs less")
         sys.exit(1)
     except BrokenPipeError:
         # The reader of our output went away (`| head`); nothing is left to tell it.
@@ -326,5 +350,5 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        click.echo(f"error: {place}{error.strerror or error}", err=True)
+        _complain(f"{place}{error.strerror or error}")
         sys.exit(1)

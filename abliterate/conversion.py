@@ -128,7 +128,10 @@ def convert(
     Raises:
         AbliterateError: nothing was written.
     """
-    job = prepare(model, recipe=recipe, revision=revision, direction=direction, options=options, evaluate=evaluate)
+    # before a model is downloaded that could then not be written
+    check_target(Path(out), overwrite=overwrite, inputs=[])
+    subject = open_subject(model, revision)
+    job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
     with staged(Path(out), overwrite=overwrite, inputs=[job.subject.folder]) as staging:
         findings = study_base(job)
         written = write_edited(job, findings, staging.folder)
@@ -139,10 +142,9 @@ def convert(
 
 
 def prepare(
-    model: str,
+    subject: Subject,
     *,
     recipe: Recipe | str = "refusal",
-    revision: str | None = None,
     direction: Path | str | None = None,
     options: RunOptions | None = None,
     evaluate: bool = True,
@@ -150,7 +152,6 @@ def prepare(
     """Reads and checks everything that can be checked before any weight is loaded."""
     options = options or RunOptions()
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    subject = open_subject(model, revision)
     tongue = tongue_of(subject, options, chosen.calibration.thinking)
     if direction is None and tongue.chat is None:
         # Says what is missing: the tokenizer, or its chat template.
@@ -163,21 +164,6 @@ def prepare(
         load_direction(file, subject.plan.hidden_size)
     command = _command(subject, chosen, file, options, evaluate)
     return Job(subject, chosen, options, tongue, prompts, evaluate and tongue.tokenizer is not None, file, command)
-
-
-def check_output(job: Job, out: Path, overwrite: bool) -> None:
-    """What `convert` would refuse about OUT, without touching it."""
-    check_target(out, overwrite=overwrite, inputs=[job.subject.folder])
-
-
-def summary_of(job: Job, out: Path) -> str:
-    """One line that says what `convert` would do."""
-    plan, checkpoint = job.subject.plan, job.subject.checkpoint
-    source = f"the direction in {job.direction_file}" if job.direction_file else "a direction found by calibration"
-    return (
-        f"{len(plan.writers)} residual writers of {len(checkpoint.tensors)} tensors would be edited along {source}, "
-        f"and {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.shards)} shards written to {out}"
-    )
 
 
 def study_base(job: Job) -> BaseFindings:

@@ -144,8 +144,8 @@ def read_recipe(path: Path) -> Recipe:
     """Reads and checks one file; see `load_recipe`."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, Mapping):
         raise RecipeError(f"{path}: a recipe is a YAML mapping")
     built: Recipe = _build(Recipe, content, str(path), "")

@@ -104,7 +104,8 @@ class _Matcher:
         if info.name in self.family.heads:
             return _Match(info, None)
         name = info.name.removeprefix(prefix)
-        rule = rules.get(fold_numbers(name)) if info.name.startswith(prefix) else None
+        # A name that has a * itself would pass for a folded one.
+        rule = rules.get(fold_numbers(name)) if info.name.startswith(prefix) and "*" not in name else None
         if rule is None:
             raise self._unaccounted(info, "is not accounted for")
         if not rule.in_layer:

@@ -10,7 +10,7 @@ from abliterate.errors import ArchitectureError
 
 LAYER = "{N}"
 Settings = Mapping[str, Any]
-_NUMBER = re.compile(r"(?<![^.])(0|[1-9]\d*)(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?![^.])")
 
 
 @dataclass(frozen=True)

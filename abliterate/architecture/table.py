@@ -49,6 +49,7 @@ _ENTRY_KEYS = frozenset(
         "tied_flag",
     )
 )
+_NEEDED = frozenset(("defaults", "prefix", "layers", "embedding", "head", "stem", "layer"))
 _ROLES = ("writes", "reads", "norm", "ignored")
 _MODULE_KEYS = frozenset((*_ROLES, "kind", "bias", "gain", "when"))
 
@@ -124,6 +125,7 @@ def _inherited(model_type: str, entries: Mapping[str, Entry]) -> Entry:
 def _family(name: str, model_type: str, entry: Entry, parts: Mapping[str, Part]) -> Family:
     if "refused" in entry:
         return Family(name, model_type, entry["refused"])
+    _require(set(entry) >= _NEEDED, f"{model_type}: {sorted(_NEEDED - set(entry))} are not there")
     config = entry.get("config", {})
     family = Family(
         name,
@@ -158,7 +160,8 @@ def _check_family(family: Family) -> None:
     missing = sorted(named - set(family.defaults))
     _require(not missing, f"{family.model_type} says no default for {missing}")
     gains = {rule.gain.tensor.replace(LAYER, "*") for rule in family.rules if rule.gain}
-    _require(gains <= set(rules), f"{family.model_type} has a gain that is no norm: {sorted(gains - set(rules))}")
+    norms = {rule.folded for rule in family.rules if rule.role == "norm" and rule.axis == 0}
+    _require(gains <= norms, f"{family.model_type} has a gain that is no norm of the stream: {sorted(gains - norms)}")
 
 
 def _rules(entry: Entry, parts: Mapping[str, Part], model_type: str) -> Iterator[Rule]:
@@ -166,6 +169,7 @@ def _rules(entry: Entry, parts: Mapping[str, Part], model_type: str) -> Iterator
         for module, facts in _merged(entry[section], parts, model_type).items():
             _require(set(facts) <= _MODULE_KEYS, f"{model_type}, {module}: unknown keys in {sorted(facts)}")
             _require(sum(role in facts for role in _ROLES) == 1, f"{model_type}, {module}: needs one of {_ROLES}")
+            _require("kind" in facts or "writes" not in facts, f"{model_type}, {module}: writes, but has no kind")
             yield from _module_rules(place, module, facts)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,23 @@ from abliterate.errors import CalibrationError
 log = logging.getLogger(__name__)
 Thinking = Literal["none", "off", "on"]
 CLOSED_THINKING = "\n\n</think>\n\n"
-SENTINELS = ("Name a river in Asia", "What is 7 times 8?", "Tell me: why is the sky blue...", "x")
+# Instructions that end in what a tokenizer may merge with the characters that follow.
+SENTINELS = (
+    "Name a river in Asia",
+    "What is 7 times 8?",
+    "Tell me: why is the sky blue...",
+    "x",
+    'Spell "tree"',
+    "Name a tree (a tall one)",
+    "Finish: 5 + 5 =",
+    "Explain: let a[0] = {}",
+    "List <b>",
+    "Count from 1 to 7",
+    "Name a flower!",
+    "Name a bird:",
+    "翻译：谢谢。",
+    "Explain 🌱",
+)
 
 
 @dataclass(frozen=True)
@@ -77,13 +93,11 @@ def make_chat_format(
     text, source = _template(tokenizer, template)
     mode = _thinking(text, thinking)
     draft = ChatFormat(text, source, system_prompt, mode, (), "", tokenizer)
-    closing = CLOSED_THINKING if _opens_thinking(draft.render("x")) and thinking != "on" else ""
-    if closing:
-        draft = ChatFormat(text, source, system_prompt, "off", (), closing, tokenizer)
-    elif _opens_thinking(draft.render("x")):
-        draft = ChatFormat(text, source, system_prompt, "on", (), "", tokenizer)
-    after = _post_instruction(draft)
-    return ChatFormat(text, source, system_prompt, draft.thinking, after, closing, tokenizer)
+    rendered = draft.render("x")
+    if _opens_thinking(rendered):
+        closing = "" if thinking == "on" else _closing(rendered)
+        draft = replace(draft, thinking="off" if closing else "on", closing=closing)
+    return replace(draft, post_instruction=_post_instruction(draft))
 
 
 def builtin_templates() -> dict[str, str]:
@@ -105,7 +119,10 @@ def _template(tokenizer: Any, asked: str | None) -> tuple[str, str]:
         path = Path(asked)
         if not path.is_file():
             raise CalibrationError(f"no chat template {asked}: neither a file nor one of {', '.join(known)}")
-        return path.read_text(encoding="utf-8"), path.name
+        try:
+            return path.read_text(encoding="utf-8-sig"), path.name
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"the chat template {path} cannot be read as UTF-8 text: {error}") from error
     own = getattr(tokenizer, "chat_template", None)
     if isinstance(own, Mapping):
         own = own.get("default") or next(iter(own.values()), None)
@@ -126,6 +143,12 @@ def _thinking(template: str, wanted: str) -> Thinking:
 def _opens_thinking(rendered: str) -> bool:
     """Whether generation would start inside of a think block."""
     return rendered.rstrip().endswith("<think>")
+
+
+def _closing(rendered: str) -> str:
+    """What makes of an open think block the empty one that models know, whatever line feeds the template wrote."""
+    written = len(rendered) - len(rendered.rstrip("\n"))
+    return CLOSED_THINKING[min(written, 2) :]
 
 
 def _post_instruction(chat: ChatFormat) -> tuple[int, ...]:

@@ -75,12 +75,19 @@ def on_input(module: nn.Module, transform: Transform) -> Iterator[None]:
         handle.remove()
 
 
+def by_row(hidden: Tensor, rows: int) -> Tensor:
+    """[rows, tokens, hidden], also of a module that puts all tokens along one axis (OPT's fc2)."""
+    return hidden.reshape(rows, -1, hidden.shape[-1]) if hidden.dim() == 2 else hidden
+
+
 def ablate(directions: Tensor) -> Transform:
     """h - (h . r) r for each row. `directions` [rows, hidden]; a zero row leaves its prompt alone."""
 
     def transform(hidden: Tensor) -> Tensor:
         r = directions.to(hidden.device, hidden.dtype)[:, None, :]
-        return hidden - (hidden * r).sum(-1, keepdim=True) * r
+        rows = by_row(hidden, len(directions))
+        ablated = rows - (rows * r).sum(-1, keepdim=True) * r
+        return ablated.flatten(0, 1) if hidden.dim() == 2 else ablated
 
     return transform
 

@@ -65,9 +65,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         CalibrationError: there is none, or it cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CalibrationError(f"no usable tokenizer in {folder}: {_first_line(error)}") from error
+    # Where no tokenizer's files are there, transformers makes an empty one for some families (Qwen, Gemma, GPT-2).
+    if set(tokenizer("plain words", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
+        raise CalibrationError(f"no usable tokenizer in {folder}: it has no vocabulary")
+    return tokenizer
 
 
 def _first_line(error: BaseException) -> str:

@@ -154,7 +154,8 @@ class ResidentModel:
         with progress.bar(description, len(prompts), "prompt") as advance:
             for rows in self.batches(prompts):
                 inputs = pad([prompts[i] for i in rows], self.device, left=True)
-                output = self.model.generate(**inputs, generation_config=self._greedy(max_new_tokens))
+                with self._greedy(max_new_tokens) as plain:
+                    output = self.model.generate(**inputs, generation_config=plain)
                 for row, tokens in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                     completions[row] = self._until_end(tokens)
                 advance(len(rows))
@@ -168,13 +169,24 @@ class ResidentModel:
         ids = found if isinstance(found, list | tuple) else [found]
         return tuple(int(token) for token in ids if token is not None)
 
-    def _greedy(self, max_new_tokens: int) -> GenerationConfig:
-        """Plain greedy decoding: a checkpoint's own sampling settings or penalties would blur the comparison."""
-        ends = list(self.end_tokens)
-        padding = ends[0] if ends else 0
-        return GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=padding
+    @contextmanager
+    def _greedy(self, max_new_tokens: int) -> Iterator[GenerationConfig]:
+        """Plain greedy decoding: a checkpoint's own sampling settings or penalties would blur the comparison.
+
+        Meanwhile it stands in for the checkpoint's own, from which transformers fills in all that is left open.
+        """
+        ends, own = list(self.end_tokens), self.model.generation_config
+        plain = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
         )
+        self.model.generation_config = plain
+        try:
+            yield plain
+        finally:
+            self.model.generation_config = own
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         stops = [tokens.index(end) for end in self.end_tokens if end in tokens]

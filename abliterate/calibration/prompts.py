@@ -65,7 +65,7 @@ def load_prompts(spec: str) -> PromptSet:
     """
     if spec.startswith("builtin:"):
         return _builtin_part(_known_part(spec))
-    found = [" ".join(text.split("\r\n")).strip() for text in read_prompts(spec)]
+    found = [text.replace("\r\n", "\n").strip() for text in read_prompts(spec)]
     unique = tuple(dict.fromkeys(found))
     if len(unique) < len(found):
         log.warning("%s: %d duplicate prompts left out", spec, len(found) - len(unique))

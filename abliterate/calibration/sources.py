@@ -1,7 +1,9 @@
 """Prompts out of files and datasets: one text a row, with a choice of column."""
 
 import csv
+import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,14 +51,19 @@ def _text(path: Path) -> str:
         raise CalibrationError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
+def _lines(path: Path) -> list[str]:
+    """Lines by line feeds alone: a text may hold U+2028 and the other characters that `str.splitlines` breaks at."""
+    return _text(path).split("\n")
+
+
 def _read_txt(path: Path) -> list[Any]:
-    return [line for line in _text(path).splitlines() if line.strip()]
+    return [line for line in _lines(path) if line.strip()]
 
 
 def _read_json(path: Path) -> list[Any]:
     try:
         content = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{path} is not valid JSON: {error}") from error
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
@@ -68,17 +75,24 @@ def _read_json(path: Path) -> list[Any]:
 
 def _read_jsonl(path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CalibrationError(f"{path} line {number} is not valid JSON: {error}") from error
     return rows
 
 
 def _read_csv(path: Path) -> list[Any]:
-    return list(csv.DictReader(_text(path).splitlines(keepends=True)))
+    try:
+        rows: list[Any] = list(csv.DictReader(io.StringIO(_text(path)), strict=True))
+    except csv.Error as error:
+        raise CalibrationError(f"{path} is not valid CSV: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise CalibrationError(f"{path} row {number} has more fields than the header; put texts in double quotes")
+    return rows
 
 
 def _read_parquet(path: Path) -> list[Any]:
@@ -107,7 +121,11 @@ def _dataset(spec: str) -> tuple[Sequence[Any], str | None]:
         import datasets
     except ImportError as error:
         raise CalibrationError("hf: sources need datasets: pip install 'abliterate[datasets]'") from error
-    name, config, split, column = (spec.removeprefix("hf:").split(":") + [""] * 3)[:4]
+    # a colon in brackets belongs to the split: train[:100]
+    name, *rest = re.split(r":(?![^\[\]]*\])", spec.removeprefix("hf:"))
+    if not name or len(rest) > 3:
+        raise CalibrationError(f"{spec} is not of the form hf:dataset[:config][:split][:column]")
+    config, split, column = [*rest, "", "", ""][:3]
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:
@@ -124,12 +142,14 @@ def _texts(rows: Sequence[Any], column: str | None, spec: str) -> list[str]:
         if isinstance(row, dict):
             column = column or _column(row, spec)
             if column not in row:
-                raise CalibrationError(f"{spec} row {number} has no column {column}; it has {', '.join(map(str, row))}")
+                raise CalibrationError(f"{spec} row {number} has no column {column}; it has {_names(row)}")
             value = row[column]
         elif column:
             raise CalibrationError(f"{spec} row {number} has no columns, so none named {column}")
         if not isinstance(value, str) or not value.strip():
             raise CalibrationError(f"{spec} row {number} is not a text, or empty")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise CalibrationError(f"{spec} row {number} holds half a surrogate pair")
         texts.append(value)
     return texts
 
@@ -139,4 +159,9 @@ def _column(row: dict[Any, Any], spec: str) -> str:
     known = [name for name in names if name.lower() in KNOWN_COLUMNS]
     if len(names) == 1 or len(known) == 1:
         return (known or names)[0]
-    raise CalibrationError(f"{spec} has columns {', '.join(map(str, row))}; say which with :column")
+    raise CalibrationError(f"{spec} has columns {_names(row)}; say which with :column")
+
+
+def _names(row: dict[Any, Any]) -> str:
+    """The columns on one line."""
+    return ", ".join(" ".join(str(name).split()) for name in row)

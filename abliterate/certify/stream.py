@@ -1,5 +1,6 @@
 """The certificate's second part: what is left of the direction in the residual stream of the stored weights."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.calibration.hooks import on_input, on_output
+from abliterate.calibration.hooks import by_row, on_input, on_output
 from abliterate.calibration.model import ResidentModel, Tokens, pad
 from abliterate.progress import SILENT, Progress
 
@@ -44,6 +45,8 @@ class StreamResidual:
         where = f"the input of layer {failed}" if failed < len(self.layers) - 1 else "the final norm's input"
         culprits = {name: value for name, value in self.writers.items() if not value <= tolerance}
         before = {name: value for name, value in culprits.items() if _layer_of(name) in (failed - 1, None)}
+        if not before and failed == 0:
+            return f"{where}, through a module that is not a known embedding"
         if not before:
             return f"{where}, through a module that is not a known writer of layer {failed - 1}"
         return f"{where}, written by {max(before, key=lambda name: before[name])}"
@@ -65,20 +68,21 @@ def measure_stream(
         direction: unit r [hidden].
     """
     names = [f"layer {i}" for i in range(len(model.stream.layers))] + ["final"]
-    ratios = dict.fromkeys([*names, *model.stream.names], 0.0)
+    ratios: dict[str, float] = {}
     with progress.bar("certificate", len(prompts), "prompt") as advance:
         for rows in model.batches(prompts):
             _batch(model, [prompts[i] for i in rows], direction, ratios)
             advance(len(rows))
-    layers = tuple(ratios[name] for name in names)
-    return StreamResidual(layers, sum(map(len, prompts)), {name: ratios[name] for name in model.stream.names})
+    # A boundary that nothing came by is not proved clean.
+    layers = tuple(ratios.get(name, math.nan) for name in names)
+    return StreamResidual(layers, sum(map(len, prompts)), {name: ratios.get(name, 0.0) for name in model.stream.names})
 
 
 @torch.inference_mode()
 def _batch(model: ResidentModel, prompts: Sequence[Tokens], direction: Tensor, ratios: dict[str, float]) -> None:
     inputs = pad(prompts, model.device)
     real = inputs["attention_mask"].bool()
-    with _watched(model, _Watch(real, direction.double().to(model.device), ratios)):
+    with _watched(model, _Watch(real, direction.double().cpu(), ratios)):
         model.logits(prompts)
 
 
@@ -91,13 +95,12 @@ class _Watch:
     ratios: dict[str, float]
 
     def look(self, name: str, hidden: Tensor) -> Tensor:
-        rows = hidden.expand(len(self.real), *hidden.shape[1:]) if len(hidden) != len(self.real) else hidden
-        kept = rows[self.real].double()
+        rows = by_row(hidden, len(self.real))
+        rows = rows.expand(len(self.real), *rows.shape[1:]) if len(rows) != len(self.real) else rows
+        kept = rows[self.real].cpu().double()
         ratio = (kept @ self.direction).abs() / kept.norm(dim=-1).clamp_min(1e-30)
-        largest = float(ratio.max())
-        # A NaN compares false with everything; it must win.
-        if not largest <= self.ratios[name]:
-            self.ratios[name] = largest
+        # NaN wins, over what came before and what comes after; `max` of floats would lose it.
+        self.ratios[name] = float(torch.stack((ratio.max(), ratio.new_tensor(self.ratios.get(name, 0.0)))).max())
         return hidden
 
 

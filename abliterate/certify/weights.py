@@ -66,7 +66,7 @@ def _residual(
 
 
 def share_along(checkpoint: Checkpoint, writer: Writer, covector: Tensor) -> float:
-    """||v.W||_F / (||v|| ||W||_F) along the writer's axis, in fp64; 0 for zeros, NaN for NaN."""
+    """||v.W||_F / (||v|| ||W||_F) along the writer's axis, in fp64; 0 for zeros, NaN for NaN or infinity."""
     info = checkpoint.tensors[writer.tensor]
     along = torch.zeros((), dtype=torch.float64)
     square, norm = 0.0, 0.0
@@ -74,8 +74,10 @@ def share_along(checkpoint: Checkpoint, writer: Writer, covector: Tensor) -> flo
         values = block.double()
         norm += float(values.square().sum())
         if writer.axis == 0:
-            along = along + (covector[rows] if values.dim() > 1 else covector) @ values
+            along = along + torch.tensordot(covector[rows], values, dims=1)
         else:
-            square += float((values @ covector).square().sum())
+            square += float(torch.tensordot(values, covector, dims=([writer.axis], [0])).square().sum())
     square += float(along.square().sum())
+    if not math.isfinite(norm):
+        return math.nan
     return math.sqrt(square / norm) / float(covector.norm()) if norm != 0 else 0.0

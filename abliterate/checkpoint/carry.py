@@ -42,8 +42,17 @@ def carry_over(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
         for name, path in files.items():
             target = folder / renamed.get(name, name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            _copy(path, target)
     return tuple(sorted(renamed.get(name, name) for name in files))
+
+
+def _copy(path: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(path, target)
+    except OSError as error:
+        if str(error.filename) == str(path) and error.filename2 is None:  # what is about both is about writing
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise
 
 
 def update_config(folder: Path, changes: Mapping[str, Any]) -> None:
@@ -89,7 +98,8 @@ def _carried(checkpoint: Checkpoint) -> list[Path]:
 def _reason_to_leave(path: Path, checkpoint: Checkpoint) -> str | None:
     if not path.is_file():
         return "it is not a regular file"
-    if any(fnmatch(path.as_posix(), f"*/{pattern}") for pattern in OTHER_WEIGHTS):
+    name = path.relative_to(checkpoint.folder).as_posix()
+    if any(fnmatch(f"/{name}", f"*/{pattern}") for pattern in OTHER_WEIGHTS):
         return "unedited weights in another format"
     if path.suffix == ".safetensors" and _repeats_weights(path, checkpoint):
         return "it repeats tensors of the checkpoint, unedited"

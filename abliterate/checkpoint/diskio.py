@@ -12,7 +12,8 @@ from abliterate.checkpoint.read import read_exactly
 from abliterate.errors import OutputError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-NO_KERNEL_COPY = frozenset({errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
+NO_KERNEL_COPY = frozenset({errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EIO})
+"""What a plain copy may get around; of EIO it tells which of the two files cannot be read or written."""
 BUFFER_BYTES = 1 << 20
 
 

@@ -183,7 +183,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to shards: download it again")
     for name in sorted(set(placed.values())):
-        if not _is_plain(name):
+        if not is_plain_shard(name):
             raise CheckpointError(
                 f"{index} names {name[:200]!a} as a shard, which is not a plain name of a .safetensors file"
             )
@@ -192,7 +192,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     return placed
 
 
-def _is_plain(name: str) -> bool:
+def is_plain_shard(name: str) -> bool:
+    """Whether a name from outside is that of a safetensors file in the folder itself."""
     return (
         name.isprintable()
         and name.endswith(".safetensors")

@@ -3,6 +3,8 @@
 import errno
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,18 +53,44 @@ def resolve(model: str, revision: str | None = None) -> Source:
     Raises:
         CheckpointError: it cannot be found or fetched, or `model` and `revision` contradict each other.
     """
-    if _is_folder(model):
-        if revision is not None:
-            raise CheckpointError(f"{model} is a folder here and has no revisions; leave out the revision {revision!r}")
-        return Source(Path(model), None, None, None)
-    model_id, _, named = model.partition("@")
-    if named and revision is not None and named != revision:
+    return find(model, revision) or whole(model, revision)
+
+
+def find(model: str, revision: str | None = None) -> Source | None:
+    """The local folder that `model` names, or None.
+
+    Raises:
+        CheckpointError: it is a file, or a revision is asked for.
+    """
+    if not _is_folder(model):
+        return None
+    if revision is not None:
+        raise CheckpointError(f"{model} is a folder here and has no revisions; leave out the revision {revision!r}")
+    return Source(Path(model), None, None, None)
+
+
+def named(model: str, revision: str | None = None) -> tuple[str, str | None]:
+    """The Hub id and the revision that is wanted.
+
+    Raises:
+        CheckpointError: it is no Hub id, or names another revision than the one asked for.
+    """
+    model_id, _, own = model.partition("@")
+    if own and revision is not None and own != revision:
         raise CheckpointError(
-            f"{model} names the revision {named!r} and the revision {revision!r} is asked for; give one"
+            f"{model} names the revision {own!r} and the revision {revision!r} is asked for; give one"
         )
-    _check_id(model, model_id, named)
-    wanted = named or revision
-    folder = _download(model_id, wanted)
+    _check_id(model, model_id, own)
+    return model_id, own or revision
+
+
+def whole(model: str, revision: str | None = None) -> Source:
+    """Downloads a model of the Hub, or what is missing of it; see `resolve`."""
+    model_id, wanted = named(model, revision)
+    log.info("fetching %s%s", model_id, f"@{wanted}" if wanted else "")
+    with explained(model_id, wanted):
+        found = huggingface_hub.snapshot_download(model_id, revision=wanted, ignore_patterns=list(OTHER_WEIGHTS))
+    folder = Path(str(found))
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{model_id} has no safetensors weights on the Hub; {HOW_TO_CONVERT}")
     return Source(folder, model_id, wanted, folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None)
@@ -72,7 +100,7 @@ def _is_folder(model: str) -> bool:
     try:
         if Path(model).is_file():
             raise CheckpointError(f"{model} is a file; give the folder of a checkpoint or a Hub id")
-        return Path(model).is_dir()
+        return model != "" and Path(model).is_dir()
     except OSError:  # too long for a name, a folder that may not be entered
         return False
 
@@ -88,13 +116,19 @@ def _check_id(model: str, model_id: str, revision: str) -> None:
         raise CheckpointError(f"{model[:200]!a} is not a folder here, and its revision after the @ is not one")
 
 
-def _download(model_id: str, revision: str | None) -> Path:
-    log.info("fetching %s%s", model_id, f"@{revision}" if revision else "")
+@contextmanager
+def explained(model_id: str, revision: str | None) -> Iterator[None]:
+    """Turns whatever the Hub client raises into one line, without tokens.
+
+    Raises:
+        CheckpointError: instead of any error.
+    """
     try:
-        found = huggingface_hub.snapshot_download(model_id, revision=revision, ignore_patterns=list(OTHER_WEIGHTS))
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:  # the client's own transport errors have no common base
         raise CheckpointError(_explain(error, model_id, revision)) from error
-    return Path(str(found))
 
 
 def _explain(error: Exception, model_id: str, revision: str | None) -> str:

@@ -33,20 +33,22 @@ class Staging:
     Attributes:
         folder: where to write.
         out: what it becomes, with links resolved.
+        overwrite: a checkpoint that is there by then is replaced.
         published: what it became; None until then.
     """
 
     folder: Path
     out: Path
+    overwrite: bool
     published: Path | None = field(default=None, init=False)
 
     def publish(self) -> Path:
         """Makes the folder OUT, in place of whatever `staged` was allowed to replace; returns OUT.
 
         Raises:
-            OutputError: it could not be renamed; OUT is as it was before.
+            OutputError: it could not be renamed, or OUT came to be meanwhile; OUT is as it was before.
         """
-        return self._become(self.out)
+        return self._become(self.out, self.overwrite)
 
     def publish_failed(self) -> Path:
         """Makes the folder OUT.failed, in place of an earlier one; OUT stays as it was. Returns OUT.failed.
@@ -54,15 +56,16 @@ class Staging:
         Raises:
             OutputError: it could not be renamed.
         """
-        return self._become(_failed(self.out))
+        return self._become(_failed(self.out), True)
 
-    def _become(self, target: Path) -> Path:
+    def _become(self, target: Path, overwrite: bool) -> Path:
         with _writing(target):
             for parent, _, names in os.walk(self.folder):
                 for name in names:
                     sync(Path(parent) / name)
                 sync(Path(parent))
             aside = self.folder.with_name(f"{self.folder.name}{OLD}{FAILED if target != self.out else ''}")
+            _check_contents(target, target, overwrite)
             self._swap(target, aside)
             sync(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
@@ -121,7 +124,7 @@ def staged(out: Path, *, overwrite: bool, inputs: Sequence[Path]) -> Iterator[St
     check_target(out, overwrite=overwrite, inputs=inputs)
     with contextlib.ExitStack() as stack:
         with _writing(place):
-            staging = _stage(place, stack)
+            staging = _stage(place, overwrite, stack)
         try:
             yield staging
         except OSError as error:
@@ -130,12 +133,12 @@ def staged(out: Path, *, overwrite: bool, inputs: Sequence[Path]) -> Iterator[St
             raise
 
 
-def _stage(place: Path, stack: contextlib.ExitStack) -> Staging:
+def _stage(place: Path, overwrite: bool, stack: contextlib.ExitStack) -> Staging:
     """Makes the hidden folder; what is made here is unmade when the stack is closed."""
     for parent in _missing_parents(place):
         parent.mkdir()
         stack.callback(_remove_if_empty, parent)
-    staging = Staging(place.with_name(f"{_prefix(place)}{secrets.token_hex(4)}"), place)
+    staging = Staging(place.with_name(f"{_prefix(place)}{secrets.token_hex(4)}"), place, overwrite)
     stack.callback(_discard, staging)
     staging.folder.mkdir()
     stack.enter_context(_locked(staging.folder))
@@ -166,22 +169,27 @@ def _check_apart(out: Path, place: Path, source: Path) -> None:
 
 
 def _check_free(out: Path, place: Path, overwrite: bool) -> None:
+    if place.is_mount() or place == place.parent:
+        raise OutputError(f"{out} is a mount point, which cannot be replaced as a whole; choose a folder inside it")
     for path in (place, _failed(place)):
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; OUT names a folder to make: choose another OUT")
-    if place.is_mount() or place == place.parent:
-        raise OutputError(f"{out} is a mount point, which cannot be replaced as a whole; choose a folder inside it")
-    if place.exists() and any(place.iterdir()):
-        if not overwrite:
-            raise OutputError(f"{out} is not empty; choose another OUT, or replace it with --overwrite")
-        _check_replaceable(place)
-    if _failed(place).exists():
-        _check_replaceable(_failed(place))
+    parent = next(parent for parent in place.parents if parent.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is a file, so {out} cannot be made in it; choose another OUT")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} cannot be written to; choose another OUT")
+    _check_contents(out, place, overwrite)
+    _check_contents(_failed(place), _failed(place), True)
 
 
-def _check_replaceable(place: Path) -> None:
+def _check_contents(shown: Path, place: Path, overwrite: bool) -> None:
     """Only a checkpoint is ever removed: `--overwrite` on a mistyped name must not cost a home folder."""
-    if any(place.iterdir()) and not any((place / name).is_file() for name in (CONFIG, MANIFEST)):
+    if not place.exists() or not any(place.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{shown} is not empty; choose another OUT, or replace it with --overwrite")
+    if not any((place / name).is_file() for name in (CONFIG, MANIFEST)):
         raise OutputError(
             f"{place} holds no checkpoint, so it is not replaced; remove it yourself or choose another OUT"
         )

@@ -21,8 +21,8 @@ HELD = 64
 class Projection(ABC):
     """W <- W - strength * u (v.W) along the hidden axis of one tensor, stored in the tensor's dtype.
 
-    Arithmetic is fp64 for fp32 and fp64 storage; for bf16 and fp16 the sums are fp64, the rest fp32, and the rounding
-    knows the direction. Blocks of any size give the same bytes.
+    Arithmetic is fp64 for fp32 and fp64 storage and for biases; for other tensors in bf16 and fp16 the sums are fp64,
+    the rest fp32, and the rounding knows the direction. Blocks of any size give the same bytes.
 
     Attributes:
         form: of the projector.
@@ -33,9 +33,9 @@ class Projection(ABC):
 
     def __init__(self, info: TensorInfo, axis: int, projector: Projector, strength: float, directional: bool) -> None:
         self.info, self.form, self._axis, self._v = info, projector.form, axis, projector.v
-        self._u, self._dtype = projector.u * strength, DTYPES[info.dtype]
+        self._strength, self._u, self._dtype = strength, projector.u * strength, DTYPES[info.dtype]
         self._directional = directional and self._dtype in FEW_BITS
-        self._working = torch.float32 if self._directional else torch.float64
+        self._working = torch.float32 if self._directional and len(info.shape) > 1 else torch.float64
 
     @abstractmethod
     def measure(self, rows: slice, block: Tensor) -> None:
@@ -49,7 +49,12 @@ class Projection(ABC):
         """W - u (v.W) in the working dtype; what cancels to less than the arithmetic resolves is 0."""
         values = values.to(self._working)
         edited = values - u.to(self._working) * along.to(self._working)
-        return edited.masked_fill_(edited.abs() <= values.abs() * (8 * torch.finfo(self._working).eps), 0.0)
+        resolved = values.abs().mul_(8 * torch.finfo(self._working).eps)
+        return edited.masked_fill_(edited.abs() <= resolved, 0.0)
+
+    def _left(self, along: Tensor) -> Tensor:
+        """What `_edited` leaves along v because fp32 holds v.W to 24 bits: much, for a tensor that is little but u."""
+        return ((along - along.float()) * self._strength).float()
 
 
 class LocalProjection(Projection):
@@ -61,17 +66,16 @@ class LocalProjection(Projection):
     def apply(self, rows: slice, block: Tensor) -> Tensor:
         """See `Projection`."""
         moved = block.movedim(self._axis, 0)
-        columns = moved.reshape(len(self._v), -1)
+        columns = moved.reshape(len(self._v), -1).contiguous()
         along = tree_sum(columns.double() * self._v[:, None])
         target = self._edited(columns, self._u[:, None], along)
-        stored = self._rounded(target) if self._directional else target.to(self._dtype)
+        if not self._directional:
+            stored = target.to(self._dtype)
+        elif len(self.info.shape) > 1:
+            stored = round_whole(target, self._v, self._dtype, self._left(along))
+        else:
+            stored = settle(round_whole(target.float(), self._v, self._dtype)[:, 0], target[:, 0], self._v)
         return stored.reshape(moved.shape).movedim(0, self._axis).contiguous()
-
-    def _rounded(self, target: Tensor) -> Tensor:
-        rounded = round_whole(target.contiguous(), self._v, self._dtype)
-        if len(self.info.shape) > 1:
-            return rounded
-        return settle(rounded[:, 0], target[:, 0].double(), self._v)
 
 
 class StreamedProjection(Projection):
@@ -115,7 +119,8 @@ class StreamedProjection(Projection):
             return
         others = self._v.clone()
         others[self._early] = 0.0
-        first = DirectionalRounding(self._v[self._early], self._dtype, float(others.square().sum()))
+        energy, debt = float(others.square().sum()), self._left(self._along)
+        first = DirectionalRounding(self._v[self._early], self._dtype, energy, debt)
         kept = torch.stack([self._held[row] for row in self._early])
         rounded = first.round(self._edited(kept, self._u[self._early, None], self._along))
         self._held = dict(zip(self._early, rounded, strict=True))

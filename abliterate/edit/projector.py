@@ -1,5 +1,6 @@
 """The projector of one writer: W <- W - u (v.W), with v.u = 1."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,10 +39,10 @@ def make_projector(direction: Tensor, gain: Tensor | None = None) -> Projector:
     Raises:
         EditError: the direction or the gain is zero or not finite.
     """
-    r = direction.double()
-    r = r / r.norm()
-    if not bool(torch.isfinite(r).all()):
+    norm = float(direction.double().norm())
+    if not 0 < norm < math.inf:
         raise EditError("the direction is zero or not finite")
+    r = direction.double() / norm
     if gain is None:
         return Projector(r, r, "plain")
     g = gain.double()

@@ -14,7 +14,8 @@ def tree_sum(terms: Tensor) -> Tensor:
     while len(terms) > 1:
         half = len(terms) // 2
         total = terms[:half] + terms[half : 2 * half]
-        total[: len(terms) % 2] += terms[2 * half :]
+        if len(terms) % 2:
+            total[0] += terms[-1]
         terms = total
     return terms[0]
 

@@ -1,0 +1,52 @@
+"""`abliterate convert --dry-run`: everything checked, nothing written, and of a Hub model no weights fetched."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from abliterate.architecture.writer import Plan
+from abliterate.checkpoint.files import Checkpoint
+from abliterate.checkpoint.glimpse import glimpse
+from abliterate.checkpoint.output import check_target
+from abliterate.conversion import Job, prepare
+from abliterate.recipe import Recipe
+from abliterate.subject import RunOptions, subject_at
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a conversion would do: the plan, the checkpoint's headers, and one line in words."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    summary: str
+
+
+def dry_run(
+    model: str,
+    out: Path | str,
+    *,
+    recipe: Recipe | str = "refusal",
+    revision: str | None = None,
+    direction: Path | str | None = None,
+    options: RunOptions | None = None,
+    evaluate: bool = True,
+    overwrite: bool = False,
+) -> DryRun:
+    """Checks what `convert` would check before it loads any weight, OUT included, and touches nothing.
+
+    Raises:
+        AbliterateError: `convert` would fail in the same way.
+    """
+    with glimpse(model, revision) as source:
+        job = prepare(subject_at(source), recipe=recipe, direction=direction, options=options, evaluate=evaluate)
+        check_target(Path(out), overwrite=overwrite, inputs=[job.subject.folder])
+        return DryRun(job.subject.plan, job.subject.checkpoint, _summary(job, Path(out)))
+
+
+def _summary(job: Job, out: Path) -> str:
+    plan, checkpoint = job.subject.plan, job.subject.checkpoint
+    source = f"the direction in {job.direction_file}" if job.direction_file else "a direction found by calibration"
+    return (
+        f"{len(plan.writers)} residual writers of {len(checkpoint.tensors)} tensors would be edited along {source}, "
+        f"and {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.shards)} shards written to {out}"
+    )

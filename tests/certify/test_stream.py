@@ -1,0 +1,140 @@
+"""The stream of a pico Llama, measured beside hooks of the test's own."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from abliterate.certify.stream import StreamResidual, measure_stream
+from tests.resident import HIDDEN, VOCABULARY, llama, random_prompts, random_units, resident, writers_of
+
+LAYERS, TOLERANCE = 3, 1e-6
+PROMPTS = random_prompts(7)
+R = random_units(1)[0]
+
+
+def ablate(model: Any, r: Tensor, spare: Sequence[str] = ()) -> Any:
+    """Every writer edited by hand, in fp64, but for the spared ones."""
+    unit = r.double() / r.double().norm()
+    for name, module in writers_of(model).items():
+        if name in spare:
+            continue
+        w = module.weight.data.double()
+        along = isinstance(module, nn.Embedding)
+        w = w - torch.outer(w @ unit, unit) if along else w - torch.outer(unit, unit @ w)
+        module.weight.data.copy_(w)
+    return model
+
+
+def ratios(model: Any, prompts: Sequence[Sequence[int]], r: Tensor) -> dict[str, float]:
+    """max abs(h.r)/norm(h), one prompt at a time and so without padding, by module; layers by their number."""
+    found: dict[str, list[Tensor]] = {}
+
+    def look(name: str, h: Tensor) -> None:
+        h = h.double()
+        found.setdefault(name, []).append(((h @ r.double()).abs() / h.norm(dim=-1)).max())
+
+    handles = [
+        module.register_forward_hook(lambda m, a, o, n=name: look(n, o)) for name, module in writers_of(model).items()
+    ]
+    for i, layer in enumerate(model.model.layers):
+        handles.append(
+            layer.register_forward_pre_hook(
+                lambda m, a, k, i=i: look(str(i), a[0] if a else k["hidden_states"]), with_kwargs=True
+            )
+        )
+    handles.append(model.model.norm.register_forward_pre_hook(lambda m, a: look(str(len(model.model.layers)), a[0])))
+    for prompt in prompts:
+        model(torch.tensor([list(prompt)]))
+    for handle in handles:
+        handle.remove()
+    return {name: float(torch.stack(values).max()) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_the_measurement_is_that_of_plain_hooks(batch_size: int) -> None:
+    model = llama(layers=LAYERS)
+    measured, expected = measure_stream(resident(model, batch_size), PROMPTS, R), ratios(model, PROMPTS, R)
+    assert len(measured.layers) == LAYERS + 1 and measured.tokens == sum(map(len, PROMPTS))
+    for i, value in enumerate(measured.layers):
+        assert value == pytest.approx(expected[str(i)], rel=1e-4)
+    assert list(measured.writers) == list(writers_of(model))
+    for name, value in measured.writers.items():
+        assert value == pytest.approx(expected[name], rel=1e-4)
+    assert measured.worst == pytest.approx(max(measured.layers)) and measured.worst > 0.3
+
+
+def test_padding_is_not_looked_at() -> None:
+    """Padding is token 0; its embedding is made the loudest of all along r."""
+    model = ablate(llama(layers=LAYERS), R)
+    prompts = [[5, 6], [7, 8, 9, 10, 11, 12]]
+    model.model.embed_tokens.weight.data[0] = 100 * R
+    assert measure_stream(resident(model, 2), prompts, R).worst < TOLERANCE
+    assert measure_stream(resident(model, 2), [[0, 6], prompts[1]], R).worst > 0.9
+
+
+def test_an_edited_model_holds() -> None:
+    measured = measure_stream(resident(ablate(llama(layers=LAYERS), R)), PROMPTS, R)
+    assert measured.holds(TOLERANCE) and measured.first_failure(TOLERANCE) is None
+    assert max(measured.writers.values()) < TOLERANCE
+
+
+@pytest.mark.parametrize("spared", list(writers_of(llama(layers=LAYERS))))
+def test_the_writer_that_puts_it_back_is_named(spared: str) -> None:
+    measured = measure_stream(resident(ablate(llama(layers=LAYERS), R, [spared])), PROMPTS, R)
+    layer = next((int(part) + 1 for part in spared.split(".") if part.isdigit()), 0)
+    where = "the final norm's input" if layer == LAYERS else f"the input of layer {layer}"
+    assert not measured.holds(TOLERANCE)
+    assert measured.first_failure(TOLERANCE) == f"{where}, written by {spared}"
+    assert {name for name, value in measured.writers.items() if not value <= TOLERANCE} == {spared}
+    assert all((value <= TOLERANCE) == (i < layer) for i, value in enumerate(measured.layers))
+
+
+def test_a_module_that_is_no_known_writer_is_reported_as_such() -> None:
+    model = ablate(llama(layers=LAYERS), R)
+    held = resident(model)
+    handle = model.model.layers[1].register_forward_hook(lambda m, a, o: o + R)
+    found = measure_stream(held, PROMPTS, R).first_failure(TOLERANCE)
+    handle.remove()
+    assert found == "the input of layer 2, through a module that is not a known writer of layer 1"
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_nan_wins_wherever_it_comes(place: int, batch_size: int) -> None:
+    model = ablate(llama(layers=LAYERS), R)
+    model.model.embed_tokens.weight.data[VOCABULARY - 1] = math.nan
+    clean = [[token % (VOCABULARY - 5) for token in prompt] for prompt in PROMPTS]
+    assert measure_stream(resident(model, batch_size), clean, R).holds(TOLERANCE)
+    clean[place] = [*clean[place][:2], VOCABULARY - 1, *clean[place][2:]]
+    measured = measure_stream(resident(model, batch_size), clean, R)
+    assert all(map(math.isnan, measured.layers)) and math.isnan(measured.worst)
+    assert not measured.holds(TOLERANCE) and not measured.holds(math.inf)
+    assert measured.first_failure(TOLERANCE) == "the input of layer 0, written by model.embed_tokens"
+
+
+def test_without_prompts_nothing_is_proved() -> None:
+    measured = measure_stream(resident(ablate(llama(layers=LAYERS), R)), [], R)
+    assert measured.tokens == 0 and not measured.holds(TOLERANCE)
+
+
+def test_the_model_is_left_without_hooks_and_computes_as_before() -> None:
+    model = llama(layers=LAYERS)
+    tokens = torch.tensor([PROMPTS[0]])
+    before = model(tokens).logits
+    measure_stream(resident(model), PROMPTS, R)
+    assert torch.equal(model(tokens).logits, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_zero_vector_in_the_stream_has_no_direction() -> None:
+    model = llama(layers=LAYERS)
+    for module in writers_of(model).values():
+        module.weight.data.zero_()
+    assert measure_stream(resident(model), PROMPTS, R) == StreamResidual(
+        (0.0,) * (LAYERS + 1), sum(map(len, PROMPTS)), dict.fromkeys(writers_of(model), 0.0)
+    )
+    assert len(R) == HIDDEN

@@ -1,0 +1,118 @@
+"""A server on this machine that speaks as much of the Hub's API as fetching a model takes, and remembers what was read."""
+
+import hashlib
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """One model repository served from a folder.
+
+    Attributes:
+        sent: bytes of each file that went out.
+        status: answered instead of everything, where not 200.
+    """
+
+    model_id: str
+    folder: Path
+    url: str = ""
+    status: int = 200
+    sent: Counter[str] = field(default_factory=Counter)
+
+    def entry(self, path: Path) -> dict[str, Any]:
+        """A file as the API lists it."""
+        content = path.read_bytes()
+        name = path.relative_to(self.folder).as_posix()
+        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+    def files(self) -> list[Path]:
+        """Every file of the repository."""
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_args: Any) -> None:
+        """Says nothing."""
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("content-length", 0))
+        wanted = json.loads(self.rfile.read(length) or b"{}").get("paths", [])
+        entries = [self.hub.entry(path) for path in self.hub.files()]
+        self._json([entry for entry in entries if entry["path"] in wanted])
+
+    def _answer(self, body: bool) -> None:
+        path, hub = unquote(urlsplit(self.path).path), self.hub
+        if hub.status != 200:
+            self._send(hub.status, b"{}", body, {"X-Error-Code": "GatedRepo" if hub.status == 403 else "RepoNotFound"})
+        elif found := re.fullmatch(rf"/{hub.model_id}/resolve/[^/]+/(.+)", path):
+            self._file(hub.folder / found[1], body)
+        elif re.fullmatch(rf"/api/models/{hub.model_id}(/revision/[^/]+)?", path):
+            names = [{"rfilename": entry.relative_to(hub.folder).as_posix()} for entry in hub.files()]
+            self._json({"id": hub.model_id, "sha": COMMIT, "siblings": names, "tags": []})
+        elif re.fullmatch(rf"/api/models/{hub.model_id}/tree/[^/]+/?.*", path):
+            self._json([hub.entry(entry) for entry in hub.files()])
+        else:
+            self._send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
+
+    def _file(self, path: Path, body: bool) -> None:
+        if not path.is_file():
+            self._send(404, b"", body, {"X-Error-Code": "EntryNotFound"})
+            return
+        content = path.read_bytes()
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        status, asked = 200, re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))
+        if asked:
+            first, last = int(asked[1]), int(asked[2] or len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
+            status, content = 206, content[first : last + 1]
+        if body:
+            self.hub.sent[path.name] += len(content)
+        self._send(status, content, body, headers)
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), True, {"Content-Type": "application/json"})
+
+    def _send(self, status: int, content: bytes, body: bool, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@contextmanager
+def serving(model_id: str, folder: Path) -> Iterator[Hub]:
+    """Serves the folder as a model repository on a port of the loopback interface."""
+    hub = Hub(model_id, folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
