@@ -266,7 +266,7 @@ def recipes(name: str | None, as_json: bool) -> None:
 
 @contextmanager
 def _loading() -> Iterator[None]:
-    """Ctrl-C waits until libraries are loaded: halfway, some swallow it, and others end the process in their own way."""
+    """Ctrl-C waits until libraries are loaded: halfway, some swallow it and others end the process their own way."""
     pressed: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:

@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from abliterate.calibration.chat import make_chat_format
-from abliterate.calibration.load import load_tokenizer
+from abliterate.calibration.load import load_tokenizer, pick_device
 from abliterate.certify.certificate import Certificate
 from abliterate.certify.stream import StreamResidual, measure_stream
 from abliterate.checkpoint.carry import carry_over, update_config
+from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.extend import TensorCopy
-from abliterate.checkpoint.locate import Source
+from abliterate.checkpoint.locate import Source, find
 from abliterate.checkpoint.output import Staging, check_target, staged
 from abliterate.checkpoint.rewrite import ShardRecord, rewrite_checkpoint
 from abliterate.direction.files import direction_bytes, load_direction
@@ -129,10 +130,12 @@ def convert(
         AbliterateError: nothing was written.
     """
     # before a model is downloaded that could then not be written
-    check_target(Path(out), overwrite=overwrite, inputs=[])
+    local = find(model, revision)
+    check_target(Path(out), overwrite=overwrite, inputs=[local.folder] if local else [])
     subject = open_subject(model, revision)
     job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
     with staged(Path(out), overwrite=overwrite, inputs=[job.subject.folder]) as staging:
+        check_space(staging.folder, job.subject.checkpoint.nbytes)
         findings = study_base(job)
         written = write_edited(job, findings, staging.folder)
         certificate, edited = prove(job, findings, staging.folder)
@@ -151,6 +154,7 @@ def prepare(
 ) -> Job:
     """Reads and checks everything that can be checked before any weight is loaded."""
     options = options or RunOptions()
+    pick_device(options.device)
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     tongue = tongue_of(subject, options, chosen.calibration.thinking)
     if direction is None and tongue.chat is None:

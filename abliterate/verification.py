@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -59,16 +58,40 @@ def verify(
     """
     options = options or RunOptions()
     subject = open_subject(checkpoint, revision)
-    manifest = read_manifest(subject.folder) if (subject.folder / MANIFEST_NAME).is_file() else None
+    recorded = _recorded(subject.folder)
     vector = _direction(subject, direction)
     tongue = tongue_of(subject, options)
     text = stream_text(subject, tongue)
     model = load_model(subject, options, dtype="float32", tokenizer=tongue.tokenizer)
     stream = measure_stream(model, text.prompts, vector, options.progress)
-    strength = float(manifest["edit"]["strength"]) if manifest else 1.0
-    certificate = assemble(subject, None, vector, text, stream, None, strength)
-    wrong = mismatches(subject.folder, manifest, options.progress) if manifest else ()
-    return Verification(certificate, wrong, manifest is not None)
+    certificate = assemble(subject, None, vector, text, stream, None, recorded.strength if recorded else 1.0)
+    wrong = mismatches(subject.folder, recorded.hashes, options.progress) if recorded else ()
+    return Verification(certificate, wrong, recorded is not None)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What the manifest says that can be held against the files: the edit's strength, and sha256 by file name."""
+
+    strength: float
+    hashes: Mapping[str, str]
+
+
+def _recorded(folder: Path) -> _Recorded | None:
+    """None where there is no manifest. What it holds is data from outside.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(folder)
+    try:
+        named = [*manifest["output"]["shards"], {"name": DIRECTION_FILE, "sha256": manifest["direction"]["sha256"]}]
+        hashes = {str(item["name"]): str(item["sha256"]) for item in named if item["sha256"]}
+        return _Recorded(float(manifest["edit"]["strength"]), hashes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST_NAME} is damaged; convert the base model again") from error
 
 
 def _direction(subject: Subject, given: Path | str | None) -> Tensor:
@@ -78,11 +101,9 @@ def _direction(subject: Subject, given: Path | str | None) -> Tensor:
     return load_direction(path, subject.plan.hidden_size)
 
 
-def mismatches(folder: Path, manifest: Mapping[str, Any], progress: Progress) -> tuple[str, ...]:
-    """Names of the shards and direction file whose sha256 is not the manifest's."""
-    named = [*manifest["output"]["shards"], {"name": DIRECTION_FILE, "sha256": manifest["direction"]["sha256"]}]
-    hashed = [(item["name"], item["sha256"]) for item in named if item["sha256"]]
-    return tuple(name for name, wanted in hashed if _sha256(folder, name, progress) != wanted)
+def mismatches(folder: Path, hashes: Mapping[str, str], progress: Progress) -> tuple[str, ...]:
+    """Names of the files whose sha256 is not the one recorded, or that are not there."""
+    return tuple(name for name, wanted in hashes.items() if _sha256(folder, name, progress) != wanted)
 
 
 def _sha256(folder: Path, name: str, progress: Progress) -> str | None:

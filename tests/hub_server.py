@@ -1,4 +1,4 @@
-"""A server on this machine that speaks as much of the Hub's API as fetching a model takes, and remembers what was read."""
+"""A local server that speaks as much of the Hub's API as fetching a model takes, and remembers what was read."""
 
 import hashlib
 import json

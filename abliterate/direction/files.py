@@ -33,8 +33,17 @@ def direction_bytes(
         for name in ("bypass", "induce", "kl"):
             tensors[name] = _score_grid(directions, candidates, name)
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
-    content: bytes = save(tensors, {"format": "pt", **text})
-    return content
+    return _metadata_in_order(save(tensors, {"format": "pt", **text}))
+
+
+def _metadata_in_order(content: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors writes it in another order every time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _score_grid(directions: Directions, candidates: Sequence[Candidate], name: str) -> Tensor:

@@ -78,7 +78,7 @@ def _screen(sheet: ScoreSheet, keys: Sequence[Key], thresholds: Thresholds, prog
         return list(keys)
     units = torch.stack([sheet.directions.unit(*key) for key in keys])
     estimate = first_order_bypass(sheet.model, sheet.data.harmful, sheet.data.refusal_tokens, units, progress)
-    pass
+    sheet.passes += 3 * len(sheet.data.harmful)
     ranked = [keys[i] for i in estimate.nan_to_num(math.inf).argsort().tolist()]
     for count, share in ROUNDS:
         kept = ranked[: max(FINALISTS, math.ceil(share * len(keys)))]

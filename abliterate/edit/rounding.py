@@ -63,7 +63,9 @@ class DirectionalRounding:
     def _part(self, target: Tensor, debt: Tensor) -> Tensor:
         """Rounds rows of one group; when they complete it, the debt is settled."""
         rows = slice(self._next, self._next + len(target))
-        limit = target.abs().mul_(self._step).clamp_min_(self._least)
+        size = target.abs()
+        # A step of the subnormal grid at least, but nothing leaves 0.
+        limit = torch.maximum(size * self._step, size.clamp_max_(self._least))
         shift = (debt * self._shares[rows]).clamp_(min=-limit, max=limit)
         rounded = (target - shift).to(self._dtype)
         self._owed.append(rounded.float().sub_(target).mul_(self._v[rows]))

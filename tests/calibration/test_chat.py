@@ -63,7 +63,7 @@ AFTER = {
     "vicuna": " ASSISTANT:",
     "zephyr": "</s>\n<|assistant|>\n",
 }
-ODD = ("Why?", "Why...", "Say )", 'Say "a"', "Say 。", "Say 🌱", "5 =", "Say </s", "x", "7", "Say a\n", "Say [", "{{ m }}")
+ODD = ("Why?", "Why...", "Say )", 'Say "a"', "Say 。", "Say 🌱", "5 =", "Say </s", "x", "7", "a\n", "{{ m }}")
 
 
 def special(name: str) -> list[str]:

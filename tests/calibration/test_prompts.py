@@ -41,12 +41,11 @@ def save(path: Path, prompts: PromptSet) -> str:
     return str(path)
 
 
-
 @given(st.integers(0, 12), st.integers(0, 6), st.integers(0, 6), st.integers(0, 5), st.integers(0, 1 << 40))
-def test_splits_are_disjoint_and_of_the_sizes_asked(train: int, validation: int, test: int, more: int, seed: int) -> None:
-    prompts = numbered(train + validation + test + more)
-    split = split_prompts(prompts, train, validation, test, seed)
-    assert [len(part.instructions) for part in parts_of(split)] == [train, validation, test]
+def test_splits_are_disjoint_and_of_the_sizes_asked(one: int, two: int, three: int, more: int, seed: int) -> None:
+    prompts = numbered(one + two + three + more)
+    split = split_prompts(prompts, one, two, three, seed)
+    assert [len(part.instructions) for part in parts_of(split)] == [one, two, three]
     assert len(set(split.all)) == len(split.all) and set(split.all) <= set(prompts.instructions)
     assert all(part.source == "rivers.txt" for part in parts_of(split))
 
@@ -71,7 +70,7 @@ def test_another_seed_gives_another_split() -> None:
 
 
 def test_too_few_prompts_to_split() -> None:
-    with pytest.raises(CalibrationError, match=r"too few prompts in rivers\.txt: 19, and 20 are needed \(12 train, 4 v"):
+    with pytest.raises(CalibrationError, match=r"too few prompts in rivers\.txt: 19, and 20 are needed \(12 t"):
         split_prompts(numbered(19), 12, 4, 4, 0)
 
 
@@ -86,7 +85,7 @@ def test_too_few_prompts_to_split() -> None:
     ],
 )
 def test_a_prompt_in_both_sets(one: str, other: str) -> None:
-    with pytest.raises(CalibrationError, match="^1 prompts are both in the harmful and in the harmless set"):
+    with pytest.raises(CalibrationError, match=r"^1 prompts are both in the harmful and in the harmless set"):
         check_contrast(split_of(one, "Name a hill."), split_of("Name a lake.", other))
 
 
@@ -125,7 +124,7 @@ def test_the_builtin_sets_contrast() -> None:
 
 @pytest.mark.parametrize("spec", ["builtin:", "builtin:harmful", "builtin:../prompts"])
 def test_unknown_builtin_names(spec: str) -> None:
-    with pytest.raises(CalibrationError, match="no built-in prompts named .*; there are harmful_train, harmful_val"):
+    with pytest.raises(CalibrationError, match=r"no built-in prompts named .*; there are harmful_train, harmful_val"):
         load_prompts(spec)
 
 

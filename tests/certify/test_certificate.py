@@ -84,7 +84,11 @@ def test_the_tolerance_is_the_border() -> None:
     ("layers", "writers", "expected"),
     [
         ((0.5, 0.5, 0.5), {"embed": 0.5}, "input of layer 0, written by embed"),
-        ((0.5, 0.5, 0.5), {"embed": 0.0, "layers.0.o": 0.5}, "input of layer 0, through a module that is not a known"),
+        (
+            (0.5, 0.5, 0.5),
+            {"embed": 0.0, "layers.0.o": 0.5},
+            "input of layer 0, through a module that is not a known emb",
+        ),
         ((0.0, 0.5, 0.5), {"layers.0.o": 0.2, "layers.0.d": 0.3, "layers.1.o": 0.9}, "layer 1, written by layers.0.d"),
         ((0.0, 0.5, 0.5), {"layers.1.o": 0.9}, "layer 1, through a module that is not a known writer of layer 0"),
         ((0.0, 0.0, 0.5), {"layers.0.o": 0.0, "layers.1.d": 0.3}, "the final norm's input, written by layers.1.d"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,26 @@ def test_every_file_has_its_own(tmp_path: Path) -> None:
         with following(paths, True) as hashes:
             found = [hash_.finish(1001) for hash_ in hashes if hash_ is not None]
     assert found == [hashlib.sha256(DATA + name).hexdigest() for name in (b"a", b"b")]
+
+
+def test_steps_stay_in_order_however_slow_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = hashing.read_exactly
+
+    def slow_start(fd: int, view: memoryview, offset: int, path: Path) -> None:
+        time.sleep(0.05 if offset == 0 else 0)
+        read(fd, view, offset, path)
+
+    monkeypatch.setattr(hashing, "read_exactly", slow_start)
+    monkeypatch.setattr(hashing, "STEP_BYTES", 100)
+    (tmp_path / "a").write_bytes(DATA)
+    with (
+        (tmp_path / "a").open("rb") as a,
+        (tmp_path / "a").open("rb") as b,
+        following({a.fileno(): tmp_path / "a", b.fileno(): tmp_path / "a"}, True) as (hash_, _),
+    ):
+        assert hash_ is not None
+        hash_.follow(400)
+        assert hash_.finish(1000) == hashlib.sha256(DATA).hexdigest()
 
 
 def test_no_hashes_where_none_are_wanted() -> None:

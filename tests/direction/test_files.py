@@ -47,7 +47,7 @@ def test_the_grid_and_the_scores_lie_beside_it(tmp_path: Path) -> None:
     mean = Mean(grid.double(), 10, 10)
     candidates = [Candidate(-3, 1, -2.0, 1.5, 0.25), Candidate(-1, 3, 0.5), Candidate(-2, 0, 7.0, None, 0.75)]
     path = tmp_path / "r.safetensors"
-    metadata = {"position": -3, "layer": 1, "relaxed": False, "note": "plain"}
+    metadata = {"position": -3, "layer": 1, "relaxed": False, "note": 'é "quoted"\n'}
     path.write_bytes(direction_bytes(grid[0, 1].clone(), Directions(grid, mean, mean), candidates, metadata))
     tensors = load_file(path)
     assert set(tensors) == {"direction", "directions", "bypass", "induce", "kl"}
@@ -61,15 +61,17 @@ def test_the_grid_and_the_scores_lie_beside_it(tmp_path: Path) -> None:
         torch.testing.assert_close(tensors[name], expected[..., number], equal_nan=True, rtol=0, atol=0)
     with safe_open(path, "pt") as file:
         found = file.metadata()
-    assert found == {"format": "pt", "position": "-3", "layer": "1", "relaxed": "false", "note": "plain"}
+    assert found == {"format": "pt", "position": "-3", "layer": "1", "relaxed": "false", "note": metadata["note"]}
     assert json.loads(found["relaxed"]) is False
 
 
 def test_the_same_direction_gives_the_same_bytes() -> None:
     grid = drawn(2, 2, HIDDEN)
     directions = Directions(grid, Mean(grid.double(), 1, 1), Mean(grid.double(), 1, 1))
-    one, two = (direction_bytes(grid[0, 0].clone(), directions, [Candidate(-1, 0, 1.0)], {"layer": 0}) for _ in range(2))
-    assert one == two
+    unit, scores = directions.unit(-2, 0), [Candidate(-1, 0, 1.0)]
+    # safetensors itself writes metadata in another order every time
+    metadata = {"position": -2, "layer": 0, "relaxed": True, "note": 'é "quoted"\n'}
+    assert len({direction_bytes(unit, directions, scores, metadata) for _ in range(30)}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

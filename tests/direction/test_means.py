@@ -123,7 +123,7 @@ def test_the_same_prompts_have_no_difference(model: ResidentModel) -> None:
 def test_hidden_states_that_are_not_finite(bad: float) -> None:
     value = torch.ones(2, 2, 3).double()
     value[1, 0, 2] = bad
-    with pytest.raises(CalibrationError, match="not finite.*--dtype float32"):
+    with pytest.raises(CalibrationError, match=r"not finite.*--dtype float32"):
         difference(made_mean(value), made_mean(torch.zeros(2, 2, 3).double()))
 
 

@@ -34,14 +34,11 @@ class Table:
     kl: Tensor
     estimate: Tensor
 
-    def put(self, key: Key, *, bypass: float | None = None, induce: float | None = None, kl: float | None = None) -> None:
-        """Sets means of one candidate; the spread over prompts stays."""
-        for name, value in (("bypass", bypass), ("induce", induce), ("kl", kl)):
-            if value is not None:
-                row = getattr(self, name)[key]
-                row += value - row.mean()
-        if bypass is not None:
-            self.estimate[key] = bypass
+    def put(self, key: Key, *, bypass: float, induce: float, kl: float) -> None:
+        """Sets the means of one candidate; the spread over prompts stays."""
+        for scores, value in ((self.bypass, bypass), (self.induce, induce), (self.kl, kl)):
+            scores[key] += value - scores[key].mean()
+        self.estimate[key] = bypass
 
 
 def made_table(seed: int) -> Table:
@@ -160,7 +157,8 @@ def test_relaxed(choose: Callable[..., Selection], seed: int) -> None:
     table = made_table(seed)
     table.kl += 0.5
     table.put((-4, 13), bypass=-3.0, induce=2.0, kl=0.3)
-    table.put((-1, 4), bypass=2.0, induce=2.0, kl=0.2)
+    for layer in range(12):
+        table.put((-1, layer), bypass=4.0, induce=2.0, kl=0.15)
     found = same_pick(choose, table)
     assert found.choice.relaxed and key_of(found) == (-4, 13)
 

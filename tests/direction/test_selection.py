@@ -71,6 +71,32 @@ def test_the_layer_filter_is_a_share_of_the_depth() -> None:
     assert not layer_allowed(15, 18, Thresholds())
 
 
+def test_scores_on_the_bounds_pass() -> None:
+    # dropped are l >= 0.8 L, KL > 0.1, induce < 0
+    scores = [Candidate(-1, 23, -5.0, 0.0, 0.1, 32), Candidate(-1, 24, -9.0, 1.0, 0.0, 32)]
+    choice = select(scores, 30, Thresholds())
+    assert choice.pick.layer == 23 and not choice.relaxed
+    assert [c.status for c in choice.candidates] == ["picked", "layer"]
+
+
+@pytest.mark.parametrize("score", ["bypass", "induce", "kl"])
+@pytest.mark.parametrize(("value", "status"), [(math.nan, "nan"), (None, "screened")])
+def test_a_score_that_is_missing_or_no_number(score: str, value: float | None, status: str) -> None:
+    better = replace(Candidate(-1, 3, -9.0, 5.0, 0.0, 32), **{score: value})
+    choice = select([better, Candidate(-1, 4, -1.0, 1.0, 0.01, 32)], 30, Thresholds())
+    assert choice.pick.layer == 4 and choice.candidates[0].status == status
+    with pytest.raises(SelectionError) as caught:
+        select([better], 30, Thresholds())
+    assert "\n" not in str(caught.value)
+
+
+def test_equals_are_told_apart_the_same_way_every_time() -> None:
+    scores = [Candidate(p, layer, -2.0, 1.0, 0.01, 32) for p in (-3, -2, -1) for layer in (5, 4, 6)]
+    for order in (scores, scores[::-1]):
+        pick = select(order, 30, Thresholds()).pick
+        assert (pick.position, pick.layer) == (-1, 4)
+
+
 def too_costly(kls: Sequence[float], bypass: Sequence[float]) -> list[Candidate]:
     return [Candidate(-1, i, b, 1.0, k, 32) for i, (k, b) in enumerate(zip(kls, bypass, strict=True))]
 

@@ -78,7 +78,7 @@ def exact(stored: Tensor, axis: int, projector: Projector, strength: float = 1.0
 
 def share(stored: Tensor, axis: int, projector: Projector) -> float:
     w = columns(stored, axis)
-    return float((projector.v @ w).norm() / (projector.v.norm() * w.norm()))
+    return float((projector.v @ w).norm() / projector.v.norm() / w.norm()) if bool(w.any()) else 0.0
 
 
 def error(stored: Tensor, axis: int, target: Tensor) -> float:
@@ -122,11 +122,19 @@ def test_biases(dtype: str, seed: int) -> None:
         assert share(edited(stored, 0, projector), 0, projector) < tolerance(dtype, hidden, "writer") / 10
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_biases_along_a_direction_of_few_large_entries(dtype: str) -> None:
+    """Little can then be paid for what the rounding of those puts in."""
+    for seed in range(60):
+        projector, stored = make_projector(normal(seed, 128) ** 5), weight(dtype, 128, seed=seed + 100)
+        assert share(edited(stored, 0, projector), 0, projector) < tolerance(dtype, 128, "writer") / 10
+
+
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("hidden", [48, 1024])
 def test_a_bias_that_is_little_but_the_direction(dtype: str, hidden: int) -> None:
     projector = plain(hidden)
-    stored = (3 * projector.u + 1e-3 * normal(1, hidden)).to(DTYPES[dtype])
+    stored = (3 * projector.u).to(DTYPES[dtype])
     assert share(stored, 0, projector) > 0.99
     assert share(edited(stored, 0, projector), 0, projector) <= tolerance(dtype, hidden, "writer")
 
@@ -138,6 +146,15 @@ def test_columns_that_are_little_but_the_direction(axis: int) -> None:
     w = projector.u[:, None] * normal(1, 20)
     stored = (w if axis == 0 else w.T.contiguous()).bfloat16()
     assert share(edited(stored, axis, projector), axis, projector) < tolerance("BF16", 4096, "writer") / 10
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", STORED)
+def test_nothing_but_the_direction_becomes_nothing(dtype: str, axis: int) -> None:
+    """Not what rounding makes of it, all of which may lie along the direction."""
+    w = 0.02 * torch.ones(77, 1, dtype=torch.float64) * normal(1, 5)
+    stored = (w if axis == 0 else w.T.contiguous()).to(DTYPES[dtype])
+    assert not bool(edited(stored, axis, make_projector(torch.ones(77))).any())
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -159,6 +176,15 @@ def test_any_blocks_give_the_same_bytes(
     edit = projection(info_of(stored), len(before), plain(hidden, seed + 1), directional=directional)
     whole = run(edit, stored)
     assert torch.equal(run(edit, stored, rows).view(torch.uint8), whole.view(torch.uint8))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 32, 65, 100])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_many_blocks_in_one_lent_buffer(dtype: str, axis: int, rows: int) -> None:
+    stored = weight(dtype, 150, 150)
+    edit = projection(info_of(stored), axis, plain(150))
+    assert torch.equal(run(edit, stored, rows), run(edit, stored))
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from abliterate.edit.projector import SMALL_GAIN, Projector, make_projector
+from abliterate.edit.projector import Projector, make_projector
 from abliterate.errors import EditError
 
 SEEDS, WIDTHS = st.integers(0, 2**32 - 1), st.integers(1, 40)
@@ -66,7 +66,9 @@ def test_oblique_changes_what_comes_out_along_r_only(seed: int, hidden: int) -> 
 @given(SEEDS, st.integers(2, 40))
 def test_a_gain_near_zero_makes_it_orthogonal(seed: int, hidden: int) -> None:
     r, g = normal(seed, hidden), torch.ones(hidden, dtype=torch.float64)
-    g[seed % hidden] = -SMALL_GAIN / 2
+    g[seed % hidden] = -0.02
+    assert make_projector(r, g).form == "oblique"
+    g[seed % hidden] = -0.005
     projector = make_projector(r, g)
     assert projector.form == "orthogonal" and torch.equal(projector.u, projector.v)
     torch.testing.assert_close(projector.v, g * r / (g * r).norm())

@@ -37,7 +37,7 @@ class Scripted(ResidentModel):
 
     def generate(self, prompts: Sequence[Tokens], max_new_tokens: int, *_: Any) -> list[list[int]]:
         texts = (*REFUSALS, *ANSWERS)
-        return [[number for number in texts[tokens[0] % len(texts)].encode()] for tokens in prompts]
+        return [list(texts[tokens[0] % len(texts)].encode()) for tokens in prompts]
 
     def decode(self, tokens: Tokens) -> str:
         return bytes(tokens).decode()
@@ -170,7 +170,10 @@ def test_a_model_without_a_chat_format_has_no_refusals() -> None:
 
 
 def test_completions_are_nowhere_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.DEBUG)
