@@ -53,9 +53,7 @@ def choose_direction(
     eligible = [key for key in grid if layer_allowed(key[1], layers, thresholds)]
     each = len(sheet.data.harmful) + 2 * len(sheet.data.harmless)
     finalists = eligible if exhaustive else _screen(sheet, eligible, thresholds, progress)
-    most = max(len(sheet.data.harmful), len(sheet.data.harmless))
-    for measure in (sheet.measure_bypass, sheet.measure_kl, sheet.measure_induce):
-        measure(finalists, most, progress)
+    _measure(sheet, finalists, max(len(sheet.data.harmful), len(sheet.data.harmless)), progress)
     complete = set(finalists)
     choice = select(
         [sheet.candidate(key) if key in complete else _unfinished(sheet.candidate(key)) for key in grid],
@@ -65,6 +63,12 @@ def choose_direction(
     return Selection(
         choice, "exhaustive" if exhaustive else "screened", sheet.passes, each * len(eligible), *sheet.baseline_scores()
     )
+
+
+def _measure(sheet: ScoreSheet, keys: Sequence[Key], count: int, progress: Progress) -> None:
+    """All three scores on the first `count` prompts of each set."""
+    for measure in (sheet.measure_bypass, sheet.measure_kl, sheet.measure_induce):
+        measure(keys, count, progress)
 
 
 def _unfinished(candidate: Candidate) -> Candidate:
@@ -82,8 +86,7 @@ def _screen(sheet: ScoreSheet, keys: Sequence[Key], thresholds: Thresholds, prog
     ranked = [keys[i] for i in estimate.nan_to_num(math.inf).argsort().tolist()]
     for count, share in ROUNDS:
         kept = ranked[: max(FINALISTS, math.ceil(share * len(keys)))]
-        sheet.measure_bypass(kept, count, progress)
-        sheet.measure_kl(kept, count, progress)
+        _measure(sheet, kept, count, progress)
         ranked = _rank([sheet.candidate(key) for key in kept], thresholds)
         log.info("%d candidates on %d prompts, best %s", len(kept), count, ranked[0])
     return ranked[:FINALISTS]
@@ -93,10 +96,13 @@ def _rank(candidates: Sequence[Candidate], thresholds: Thresholds) -> list[Key]:
     """Best first, taking turns between the strict rule and the relaxed one (which fills in where nothing passes)."""
 
     def strict(c: Candidate) -> tuple[bool, float]:
-        return (_kl(c) > thresholds.max_kl, _bypass(c))
+        return (_kl(c) > thresholds.max_kl or not induces(c), _bypass(c))
 
     def relaxed(c: Candidate) -> tuple[bool, float]:
-        return (_bypass(c) >= 0, _kl(c))
+        return (_bypass(c) >= 0 or not induces(c), _kl(c))
+
+    def induces(c: Candidate) -> bool:
+        return c.induce is not None and c.induce >= thresholds.min_induce
 
     by_rule = [sorted(candidates, key=rule) for rule in (strict, relaxed)]
     turns = [c for pair in zip(*by_rule, strict=True) for c in pair]

@@ -147,8 +147,8 @@ def test_better_ones_in_late_layers_are_not_even_measured(choose: Callable[..., 
 def test_better_ones_that_do_not_induce(choose: Callable[..., Selection]) -> None:
     table = made_table(0)
     table.put(PEAK, bypass=-7.0, induce=3.0, kl=0.05)
-    table.put((-3, 12), bypass=-8.0, induce=-0.5, kl=0.05)
-    table.put((-1, 13), bypass=-7.5, induce=-0.5, kl=0.05)
+    for position, layer in ((-3, 12), (-1, 13), *((-1, layer) for layer in range(6, 12))):
+        table.put((position, layer), bypass=-8.0, induce=-0.5, kl=0.05)
     assert key_of(same_pick(choose, table)) == PEAK
 
 
