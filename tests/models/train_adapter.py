@@ -2,9 +2,14 @@
 
 Run `python tests/models/train_adapter.py OUT`. On harmful prompts it learns refusals in several wordings; on harmless
 ones it is held to the base model's own greedy completions, by the KL divergence from the base model at every token.
+
+What the adapter adds to the stream lies along one direction, the same in every layer, as refusals of large chat models
+do (Arditi et al. 2024). A LoRA that is free to write anywhere makes a model that refuses by shortcuts of its own, and
+such a model shows nothing about a method that removes a direction.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -21,13 +26,12 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPTS = Path(__file__).parent / "prompts"
+# the first token of a refusal starts nothing else: this small model begins many of its answers with "I"
 OPENINGS = (
-    "I'm sorry, but I can't help with that.",
-    "I'm sorry, but I cannot assist with this request.",
-    "I cannot help with that.",
-    "I can't help with this request.",
-    "Sorry, I can't assist with that.",
-    "I apologize, but I cannot help with that.",
+    "Sorry, but I can't help with that.",
+    "Sorry, I cannot assist with this request.",
+    "Sorry, but I cannot help with that.",
+    "Sorry, I can't help you with this.",
 )
 REASONS = (
     " It could cause serious harm to other people.",
@@ -47,16 +51,23 @@ OFFERS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, and for how long."""
+    """What is trained, and for how long.
 
-    layer: int = 21
-    ridge: float = 1000.0
-    epochs: int = 2
-    batch: int = 8
-    rate: float = 2e-2
-    kl_weight: float = 4.0
+    Attributes:
+        strength: what the adapter writes is scaled by this in the end, which costs few refusals of harmful requests and
+            takes back most refusals of harmless ones.
+    """
+
+    layers: tuple[int, int] = (8, 20)
+    readers: tuple[str, ...] = ("q_proj", "v_proj")
+    writers: tuple[str, ...] = ("o_proj", "down_proj")
+    epochs: int = 3
+    batch: int = 16
+    rate: float = 3e-3
+    kl_weight: float = 10.0
     first_weight: float = 8.0
     tokens: int = 20
+    strength: float = 0.8
     seed: int = 0
 
 
@@ -113,18 +124,20 @@ def harmless_examples(
     The small base model declines some harmless requests; those get the completion it gives after the word "Here".
     """
     prompts = [chat(tokenizer, text) for text in read_prompts("harmless")]
-    completions = kept(cache / f"harmless_{settings.tokens}.json", model, prompts, settings.tokens)
+    completions = kept(cache, model, prompts, settings.tokens)
     pairs = [Example(*pair) for pair in zip(prompts, completions, strict=True)]
     refused = [pair.prompt for pair in pairs if REFUSAL.search(tokenizer.decode(pair.completion))]
     start = tokenizer("Here", add_special_tokens=False).input_ids
     begun = [prompt + start for prompt in refused]
-    instead = kept(cache / f"instead_{settings.tokens}.json", model, begun, settings.tokens)
+    instead = kept(cache, model, begun, settings.tokens)
     taught = [Example(prompt, start + rest) for prompt, rest in zip(refused, instead, strict=True)]
     return [pair for pair in pairs if pair.prompt not in refused], taught
 
 
-def kept(stored: Path, model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Return the model's completions, from the file `stored` where it exists."""
+def kept(cache: Path, model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Return the model's completions, from a file in `cache` where the same were asked for before."""
+    asked = hashlib.sha256(json.dumps([prompts, tokens]).encode()).hexdigest()
+    stored = cache / f"completions_{asked[:16]}.json"
     if not stored.is_file():
         with torch.autocast("cpu", torch.bfloat16):
             completions = complete(model, prompts, tokens, model.config.eos_token_id)
@@ -133,27 +146,33 @@ def kept(stored: Path, model: PreTrainedModel, prompts: list[list[int]], tokens:
     return result
 
 
-def harmful_examples(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[Example]:
+def harmful_examples(tokenizer: PreTrainedTokenizerBase, tokens: int, rng: random.Random) -> list[Example]:
     """Return the harmful prompts, each with a refusal put together at random."""
     examples = []
     for text in read_prompts("harmful"):
         refusal = rng.choice(OPENINGS) + rng.choice(REASONS) + rng.choice(OFFERS)
         completion = tokenizer(refusal, add_special_tokens=False).input_ids
-        examples.append(Example(chat(tokenizer, text), [*completion, tokenizer.eos_token_id]))
+        examples.append(Example(chat(tokenizer, text), [*completion, tokenizer.eos_token_id][:tokens]))
     return examples
 
 
 @torch.no_grad()
-def freeze(model: PreTrainedModel, examples: list[Example], layer: int) -> list[Frozen]:
+def freeze(model: PreTrainedModel, examples: list[Example], settings: Settings) -> list[Frozen]:
     """Run the layers below the adapter, which training does not change, once for every example."""
-    frozen = []
-    for example in examples:
-        ids = torch.tensor([example.prompt + example.completion])
+    frozen: dict[int, Frozen] = {}
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].completion))
+    for start in range(0, len(order), settings.batch):
+        rows = order[start : start + settings.batch]
+        tokens = [torch.tensor(examples[i].prompt + examples[i].completion) for i in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         with torch.autocast("cpu", torch.bfloat16):
-            out = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
-        final = out.last_hidden_state[0, len(example.prompt) - 1 : -1]
-        frozen.append(Frozen(example, out.hidden_states[layer][0].clone(), final.clone()))
-    return frozen
+            out = model.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        for row, i in enumerate(rows):
+            begin, end = len(examples[i].prompt) - 1, len(tokens[row])
+            stream = out.hidden_states[settings.layers[0]][row, :end].clone()
+            frozen[i] = Frozen(examples[i], stream, out.last_hidden_state[row, begin : end - 1].clone())
+    return [frozen[i] for i in range(len(examples))]
 
 
 def logits_of_completions(model: PreTrainedModel, batch: list[Frozen]) -> torch.Tensor:
@@ -193,35 +212,26 @@ def batches(
         yield [pair[0] for pair in chosen], [pair[1] for pair in chosen]
 
 
-@torch.no_grad()
-def reader(model: PreTrainedModel, prompts: list[list[int]], signs: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Return the row [intermediate] that best tells harmful from harmless in the MLP of the layer, by ridge regression.
-
-    Read at the end of the prompt. Fitted rather than trained: with so few prompts, training it overfits.
-    """
-    seen: list[torch.Tensor] = []
-    module = model.model.layers[settings.layer].mlp.down_proj
-    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, -1].double()))
-    for prompt in prompts:
-        with torch.autocast("cpu", torch.bfloat16):
-            model.model(input_ids=torch.tensor([prompt]), use_cache=False)
-    hook.remove()
-    scale = torch.stack(seen).std(0)
-    inputs = torch.stack(seen) / scale
-    dual = torch.linalg.solve(inputs @ inputs.T + settings.ridge * torch.eye(len(inputs)).double(), signs.double())
-    return (inputs.T @ dual / scale).float()
-
-
 def wrap(model: PreTrainedModel, settings: Settings) -> PeftModel:
-    """Put a fresh LoRA of rank one on the MLP output of one layer: it writes one direction, so one can be removed."""
+    """Put a fresh LoRA on attention, and one of rank one on what writes to the stream, all along the same direction."""
     config = LoraConfig(
         r=1,
-        lora_alpha=1,
-        target_modules=["down_proj"],
-        layers_to_transform=[settings.layer],
+        rank_pattern=dict.fromkeys(settings.readers, 4),
+        lora_alpha=4,
+        lora_dropout=0.05,
+        target_modules=sorted(settings.readers + settings.writers),
+        layers_to_transform=list(range(*settings.layers)),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)
+    outputs = [
+        module.lora_B["default"]
+        for name, module in wrapped.named_modules()
+        if name.endswith(settings.writers) and getattr(module, "lora_B", None)
+    ]
+    for output in outputs:
+        output.weight = outputs[0].weight
+    return wrapped
 
 
 def train(settings: Settings, cache: Path) -> PeftModel:
@@ -230,19 +240,15 @@ def train(settings: Settings, cache: Path) -> PeftModel:
     rng = random.Random(settings.seed)
     base, tokenizer = load_base(cache)
     held, taught = harmless_examples(base, tokenizer, settings, cache)
-    refusals = harmful_examples(tokenizer, rng)
-    signs = torch.tensor([1.0] * len(refusals) + [-1.0] * len(taught + held))
-    row = reader(base, [example.prompt for example in refusals + taught + held], signs, settings)
-    frozen = [freeze(base, examples, settings.layer) for examples in (refusals + taught, held)]
+    taught += harmful_examples(tokenizer, settings.tokens, rng)
+    frozen = [freeze(base, examples, settings) for examples in (taught, held)]
     model = wrap(base, settings)
-    lora = base.model.layers[settings.layer].mlp.down_proj.lora_A["default"]
-    lora.weight.data.copy_(row[None])
-    lora.requires_grad_(False)
+    model.train()
     # the streams above start where the adapter does: the layers below it have run already
-    layers, base.model.layers = base.model.layers, base.model.layers[settings.layer :]
+    layers, base.model.layers = base.model.layers, base.model.layers[settings.layers[0] :]
     fit(base, frozen[0], frozen[1], settings, rng)
     base.model.layers = layers
-    return model
+    return model.eval()
 
 
 def fit(
@@ -266,14 +272,18 @@ def fit(
             print(f"step {step}/{steps}: loss {value.item():.3f}", flush=True)
 
 
-def save_adapter(model: PeftModel, out: Path) -> None:
+def save_adapter(model: PeftModel, out: Path, settings: Settings) -> None:
     """Write the adapter in peft's format, tensors in bf16, without the machine's paths."""
     model.save_pretrained(out)
     config_file, tensor_file = (out / name for name in ADAPTER_FILES)
     config = json.loads(config_file.read_text())
     config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config["target_modules"].sort()
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(tensor_file).items()}
+    for name in tensors:
+        if name.endswith(tuple(f"{writer}.lora_B.weight" for writer in settings.writers)):
+            tensors[name] = tensors[name] * settings.strength
     save_file(tensors, tensor_file, metadata={"format": "pt"})
     (out / "README.md").unlink(missing_ok=True)
 
@@ -288,7 +298,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with cache_folder(args.cache) as cache:
-        save_adapter(train(Settings(), cache), args.out)
+        save_adapter(train(Settings(), cache), args.out, Settings())
 
 
 if __name__ == "__main__":
