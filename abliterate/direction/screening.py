@@ -17,8 +17,8 @@ from abliterate.direction.selection import Candidate, Choice, Thresholds, layer_
 from abliterate.progress import SILENT, Progress
 
 log = logging.getLogger(__name__)
-# (prompts of each set, share of the eligible candidates that goes into the round)
-ROUNDS = ((4, 0.5), (8, 0.2), (16, 0.1))
+# (share of the validation prompts, share of the eligible candidates that goes into the round)
+ROUNDS = ((1 / 8, 0.5), (1 / 4, 0.2), (1 / 2, 0.1))
 FINALISTS = 6
 
 
@@ -53,7 +53,7 @@ def choose_direction(
     eligible = [key for key in grid if layer_allowed(key[1], layers, thresholds)]
     each = len(sheet.data.harmful) + 2 * len(sheet.data.harmless)
     finalists = eligible if exhaustive else _screen(sheet, eligible, thresholds, progress)
-    _measure(sheet, finalists, max(len(sheet.data.harmful), len(sheet.data.harmless)), progress)
+    _measure(sheet, finalists, _most(sheet), progress)
     complete = set(finalists)
     choice = select(
         [sheet.candidate(key) if key in complete else _unfinished(sheet.candidate(key)) for key in grid],
@@ -63,6 +63,11 @@ def choose_direction(
     return Selection(
         choice, "exhaustive" if exhaustive else "screened", sheet.passes, each * len(eligible), *sheet.baseline_scores()
     )
+
+
+def _most(sheet: ScoreSheet) -> int:
+    """Validation prompts of the larger set."""
+    return max(len(sheet.data.harmful), len(sheet.data.harmless))
 
 
 def _measure(sheet: ScoreSheet, keys: Sequence[Key], count: int, progress: Progress) -> None:
@@ -84,7 +89,8 @@ def _screen(sheet: ScoreSheet, keys: Sequence[Key], thresholds: Thresholds, prog
     estimate = first_order_bypass(sheet.model, sheet.data.harmful, sheet.data.refusal_tokens, units, progress)
     sheet.passes += 3 * len(sheet.data.harmful)
     ranked = [keys[i] for i in estimate.nan_to_num(math.inf).argsort().tolist()]
-    for count, share in ROUNDS:
+    for prompts, share in ROUNDS:
+        count = math.ceil(prompts * _most(sheet))
         kept = ranked[: max(FINALISTS, math.ceil(share * len(keys)))]
         _measure(sheet, kept, count, progress)
         ranked = _rank([sheet.candidate(key) for key in kept], thresholds)

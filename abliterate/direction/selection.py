@@ -90,12 +90,13 @@ def select(candidates: Sequence[Candidate], num_layers: int, thresholds: Thresho
     near = [c for c in judged if c.status == "kl" and _number(c.bypass) < 0]
     if passed:
         pick, relaxed = min(passed, key=lambda c: (_number(c.bypass), c.layer, -c.position)), False
-        reason = f"lowest bypass of {len(passed)} candidates that pass every filter"
+        several = f"lowest bypass of {len(passed)} candidates that pass every filter"
+        reason = several if len(passed) > 1 else "the only candidate that passes every filter"
     elif near and not thresholds.strict:
         pick, relaxed = min(near, key=lambda c: (_number(c.kl), c.layer, -c.position)), True
         reason = (
-            f"no candidate passes the KL bound of {thresholds.max_kl:g}; "
-            f"lowest KL of {len(near)} candidates whose bypass is below 0"
+            f"no candidate passes the KL bound of {thresholds.max_kl:g}; lowest KL of the {len(near)} whose bypass is "
+            "below 0 and that pass every other filter"
         )
     else:
         raise SelectionError(_nothing_passes(judged, thresholds))

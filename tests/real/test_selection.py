@@ -1,5 +1,6 @@
-"""Screening against the exhaustive search, on the test subject."""
+"""Screening against the exhaustive search, on the test subject, and the same search twice."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,15 +8,16 @@ from tests.real.support import Converted, run
 
 
 def test_the_screened_pick_is_the_exhaustive_one(converted: Converted, subject: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "exhaustive.yaml"
-    recipe.write_text("selection: {exhaustive: true}\n")
-    done = run("direction", str(subject), "-o", str(tmp_path / "d.safetensors"), "--recipe", str(recipe), "--json")
-    exhaustive = json.loads(done.stdout)["selection"]
-    screened = converted.manifest["selection"]
-    assert exhaustive["method"] == "exhaustive"
-    assert screened["method"] == "screened"
-    assert [screened["pick"][key] for key in ("position", "layer")] == [
-        exhaustive["pick"][key] for key in ("position", "layer")
-    ]
+    done = run("direction", str(subject), "-o", str(tmp_path / "d.safetensors"), "--exhaustive", "--json")
+    exhaustive, screened = json.loads(done.stdout)["selection"], converted.manifest["selection"]
+    assert (screened["method"], exhaustive["method"]) == ("screened", "exhaustive")
+    places = [[found["pick"][key] for key in ("position", "layer")] for found in (screened, exhaustive)]
+    assert places[0] == places[1]
     assert screened["forward_passes"] <= exhaustive["forward_passes"] / 5
     assert screened["relaxed"] == exhaustive["relaxed"]
+
+
+def test_finding_the_direction_again_gives_the_same_bytes(converted: Converted, subject: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.safetensors"
+    run("direction", str(subject), "-o", str(again))
+    assert hashlib.sha256(again.read_bytes()).hexdigest() == converted.manifest["direction"]["sha256"]
