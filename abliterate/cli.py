@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,61 +18,28 @@ import click
 
 from abliterate import __version__
 from abliterate.errors import AbliterateError
+from abliterate.options import (
+    exhaustive_option,
+    json_option,
+    prompt_options,
+    recipe_option,
+    revision_option,
+    run_options,
+    voice_options,
+)
 from abliterate.progress import Progress
 from abliterate.recipe import Recipe, list_recipes, load_recipe, recipe_path
 
-Command = Callable[..., Any]
 log = logging.getLogger("abliterate")
 
-
-def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
-recipe_option = click.option(
-    "--recipe", default="refusal", show_default=True, metavar="NAME|FILE", help="Method; see `abliterate recipes`."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-voice_options = _options(
-    click.option("-v", "--verbose", is_flag=True, help="Say what is being done."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress bars, only errors."),
-)
-prompt_options = _options(
-    click.option(
-        "--harmful",
-        metavar="SRC",
-        help="FILE[:column] (.txt .json .jsonl .csv .parquet) or hf:dataset[:config[:split[:column]]].",
-    ),
-    click.option("--harmless", metavar="SRC", help="Harmless prompts, likewise."),
-    click.option("--system-prompt", metavar="TEXT", help="System prompt before every instruction."),
-    click.option(
-        "--template", metavar="NAME|FILE", help="For a model without chat template: a built-in name, or a Jinja file."
-    ),
-)
-exhaustive_option = click.option(
-    "--exhaustive", is_flag=True, help="Score every candidate on every validation prompt instead of screening."
-)
-run_options = _options(
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        default="auto",
-        show_default=True,
-        help="Of calibration and evaluation; certificates always compute in float32.",
-    ),
-    click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Prompts a pass.  [default: by device]"),
-    click.option(
-        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split of prompt files."
-    ),
-    click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
-)
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    # torch's sums in fp32 else come out differently when the machine is busy: MKL then takes fewer threads
+    "MKL_CBWR": "AUTO,STRICT",
+    "MKL_DYNAMIC": "FALSE",
+    "OMP_DYNAMIC": "FALSE",
+}
+"""What libraries read when they are loaded, unless the user has set it: the same command has to give the same bytes."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -149,9 +116,10 @@ def convert(
 @prompt_options
 @exhaustive_option
 @run_options
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
 @json_option
 @voice_options
-def direction(model: str, out: Path, as_json: bool, **given: Any) -> None:
+def direction(model: str, out: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
     """Find the refusal direction of MODEL only.
 
     FILE holds `direction` [hidden], the pick; `directions` [positions, layers, hidden], the candidate grid; and the
@@ -163,7 +131,9 @@ def direction(model: str, out: Path, as_json: bool, **given: Any) -> None:
         from abliterate.record import selection_record
 
     recipe = _recipe(given)
-    found = find_direction(model, recipe=recipe, revision=given["revision"], options=_run_options(given), out=out)
+    found = find_direction(
+        model, recipe=recipe, revision=given["revision"], options=_run_options(given), out=out, overwrite=overwrite
+    )
     record = selection_record(found.selection, dataclasses.asdict(thresholds_of(recipe.selection)))
     if as_json:
         _echo_json({"file": str(out), "sha256": found.sha256, "selection": record})
@@ -309,7 +279,9 @@ def _print_plan(plan: Any, checkpoint: Any, as_json: bool) -> None:
 
 
 def _echo_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    from abliterate.publish.manifest import plain_values
+
+    click.echo(json.dumps(plain_values(value, "the result"), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -326,7 +298,8 @@ def _complain(message: str) -> None:
 
 def main() -> None:
     """Entry point: one line and an exit code for everything that a user can act on."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         code = cli(standalone_mode=False)
         sys.exit(code or 0)

@@ -17,7 +17,9 @@ from abliterate.certify.certificate import Certificate
 from abliterate.certify.stream import StreamResidual, measure_stream
 from abliterate.checkpoint.carry import carry_over, update_config
 from abliterate.checkpoint.diskio import check_space
-from abliterate.checkpoint.extend import TensorCopy
+from abliterate.checkpoint.extend import TensorCopy, single_index
+from abliterate.checkpoint.files import INDEX_SUFFIX
+from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.locate import Source, find
 from abliterate.checkpoint.output import Staging, check_target, staged
 from abliterate.checkpoint.rewrite import ShardRecord, rewrite_checkpoint
@@ -27,7 +29,7 @@ from abliterate.evaluation.metrics import EvaluationSet, Measured, evaluate_mode
 from abliterate.find import FoundDirection, find_in
 from abliterate.measuring import discovered_tokens, evaluation_set
 from abliterate.prompting import Prompts, load_calibration
-from abliterate.proving import StreamText, Tongue, assemble, stream_text, tongue_of
+from abliterate.proving import StreamText, Tongue, assemble, certify_stream, stream_text, tongue_of
 from abliterate.publish.card import render_card
 from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_manifest
 from abliterate.publish.plot import plot_selection
@@ -135,12 +137,12 @@ def convert(
     subject = open_subject(model, revision)
     job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
     with staged(Path(out), overwrite=overwrite, inputs=[job.subject.folder]) as staging:
-        check_space(staging.folder, job.subject.checkpoint.nbytes)
+        check_space(staging.folder, output_bytes(job))
         findings = study_base(job)
         written = write_edited(job, findings, staging.folder)
         certificate, edited = prove(job, findings, staging.folder)
         manifest = portable_manifest(describe(job, findings, written, certificate, edited))
-        publish_files(job, findings, manifest, staging.folder, Path(out).resolve().name)
+        publish_files(job, findings, written, manifest, staging.folder, Path(out).resolve().name)
         return _finish(staging, certificate, manifest)
 
 
@@ -168,6 +170,13 @@ def prepare(
         load_direction(file, subject.plan.hidden_size)
     command = _command(subject, chosen, file, options, evaluate)
     return Job(subject, chosen, options, tongue, prompts, evaluate and tongue.tokenizer is not None, file, command)
+
+
+def output_bytes(job: Job) -> int:
+    """Size of the weights that will be written."""
+    plan, checkpoint = job.subject.plan, job.subject.checkpoint
+    untied = plan.tied and not plan.head_copy and job.recipe.edit.head == "untied"
+    return checkpoint.nbytes + (checkpoint.tensors[plan.embedding].nbytes if untied else 0)
 
 
 def study_base(job: Job) -> BaseFindings:
@@ -226,17 +235,14 @@ def write_edited(job: Job, findings: BaseFindings, folder: Path) -> Written:
 def prove(job: Job, findings: BaseFindings, folder: Path) -> tuple[Certificate, Measured | None]:
     """The certificate and the evaluation after, both on the stored files."""
     edited = subject_at(Source(folder, None, None, None))
-    tokenizer = job.tongue.tokenizer
-    model = load_model(edited, job.options, dtype="float32", tokenizer=tokenizer)
-    stream = measure_stream(model, findings.text.prompts, findings.direction, job.options.progress)
+    stream = certify_stream(edited, job.options, findings.text, findings.direction)
     strength = job.recipe.edit.strength
     certificate = assemble(
         edited, job.subject.checkpoint, findings.direction, findings.text, stream, findings.stream, strength
     )
     if findings.data is None or findings.evaluation is None:
         return certificate, None
-    del model
-    model = load_model(edited, job.options, tokenizer=tokenizer)
+    model = load_model(edited, job.options, tokenizer=job.tongue.tokenizer)
     baseline = findings.evaluation.harmless_logits
     return certificate, evaluate_model(model, findings.data, baseline, job.options.progress, "after")
 
@@ -278,13 +284,20 @@ def warnings_of(job: Job, findings: BaseFindings, certificate: Certificate) -> l
         warnings.append(certificate.claim)
     elif not certificate.holds:
         warnings.append(f"certificate failed: {certificate.failure}")
+    if job.tongue.tokenizer is None:
+        warnings.append("no tokenizer: nothing was evaluated, and random tokens ran through the model")
     if job.evaluate and job.tongue.chat is None:
         warnings.append("no chat template: refusals were not measured")
     return warnings
 
 
-def publish_files(job: Job, findings: BaseFindings, manifest: Mapping[str, Any], folder: Path, name: str) -> None:
-    """Manifest, direction, selection plot and model card."""
+def publish_files(
+    job: Job, findings: BaseFindings, written: Written, manifest: Mapping[str, Any], folder: Path, name: str
+) -> None:
+    """Manifest, direction, selection plot, model card, and an index that keeps the direction apart from the weights."""
+    if job.subject.checkpoint.index is None:
+        shard = read_header(folder / written.shards[0].name)
+        (folder / f"{shard.path.stem}{INDEX_SUFFIX}").write_bytes(single_index(shard))
     (folder / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
     (folder / DIRECTION_FILE).write_bytes(findings.direction_file)
     if manifest["selection"]:

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.architecture.writer import Plan
+from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.glimpse import glimpse
 from abliterate.checkpoint.output import check_target
-from abliterate.conversion import Job, prepare
+from abliterate.conversion import Job, output_bytes, prepare
 from abliterate.recipe import Recipe
 from abliterate.subject import RunOptions, subject_at
 
@@ -40,6 +41,7 @@ def dry_run(
     with glimpse(model, revision) as source:
         job = prepare(subject_at(source), recipe=recipe, direction=direction, options=options, evaluate=evaluate)
         check_target(Path(out), overwrite=overwrite, inputs=[job.subject.folder])
+        check_space(next(parent for parent in Path(out).resolve().parents if parent.exists()), output_bytes(job))
         return DryRun(job.subject.plan, job.subject.checkpoint, _summary(job, Path(out)))
 
 

@@ -1,6 +1,7 @@
 """From a loaded model and prompts to the refusal direction: means, candidates, selection."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from abliterate.progress import Progress
 from abliterate.prompting import Prompts, chat_format, encode, load_calibration
 from abliterate.recipe import Recipe, SelectionRecipe, load_recipe
 from abliterate.subject import RunOptions, load_model, open_subject, tokenizer_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ def find_in(
     sheet = ScoreSheet(model, directions, data)
     selection = choose_direction(sheet, thresholds_of(recipe.selection), recipe.selection.exhaustive, progress)
     pick = selection.choice.pick
+    if selection.choice.relaxed:
+        log.warning("selection relaxed: %s", selection.choice.reason)
     unit = directions.unit(pick.position, pick.layer)
     return FoundDirection(unit, directions, selection, tokens, chat, prompts)
 
@@ -116,18 +121,20 @@ def find_direction(
     revision: str | None = None,
     options: RunOptions | None = None,
     out: Path | str | None = None,
+    overwrite: bool = False,
 ) -> FoundDirection:
     """Finds the refusal direction of a checkpoint, and writes it to `out` when that is given.
 
     Args:
         model: a folder, or a Hub id (`org/name`, `org/name@revision`).
         recipe: a shipped recipe's name, a YAML file, or a recipe.
+        overwrite: replace a file that is at `out`.
 
     Raises:
         AbliterateError: see `find_in` and `open_subject`; or `out` cannot be written.
     """
     if out is not None:
-        check_file_target(Path(out))
+        check_file_target(Path(out), overwrite)
     options = options or RunOptions()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     subject = open_subject(model, revision)

@@ -126,8 +126,11 @@ def discovered_tokens(
 
 
 def _recorded_tokens(subject: Subject) -> tuple[int, ...] | None:
+    """What the manifest says, as data from outside: None where it says nothing that can be used."""
+    vocabulary = subject.checkpoint.tensors[subject.plan.embedding].shape[0]
     try:
         calibration = read_manifest(subject.folder)["calibration"]
-    except AbliterateError:
+        ids = tuple(int(token["id"]) for token in calibration["refusal_tokens"]["tokens"])
+    except (AbliterateError, KeyError, TypeError, ValueError):
         return None
-    return tuple(token["id"] for token in calibration["refusal_tokens"]["tokens"]) if calibration else None
+    return ids if ids and all(0 <= token < vocabulary for token in ids) else None

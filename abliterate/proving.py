@@ -1,22 +1,25 @@
 """Certifies files on disk: their bytes for the writers, a forward pass in fp32 for the stream."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from abliterate.calibration.chat import ChatFormat, make_chat_format
-from abliterate.calibration.load import load_tokenizer
+from abliterate.calibration.load import has_tokenizer, load_tokenizer
 from abliterate.calibration.prompts import builtin
 from abliterate.certify.certificate import Certificate, TextKind
-from abliterate.certify.stream import StreamResidual
+from abliterate.certify.stream import StreamResidual, measure_stream
 from abliterate.certify.weights import tolerance, writer_residuals
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.errors import CalibrationError
 from abliterate.prompting import encode, encode_plain, neutral_paragraphs
-from abliterate.subject import RunOptions, Subject
+from abliterate.subject import RunOptions, Subject, load_model
+
+log = logging.getLogger(__name__)
 
 STREAM_PROMPTS, RANDOM_LENGTH = 16, 32
 
@@ -41,12 +44,12 @@ def tongue_of(subject: Subject, options: RunOptions, thinking: str = "auto") -> 
     """The checkpoint's tokenizer and chat format; no chat format where it has no template and none is asked for.
 
     Raises:
-        CalibrationError: a template was asked for and cannot be used.
+        CalibrationError: there is a tokenizer, or a template was asked for, and it cannot be used.
     """
     try:
         tokenizer = load_tokenizer(subject.folder, options.trust_remote_code)
     except CalibrationError:
-        if options.template is not None:
+        if options.template is not None or has_tokenizer(subject.folder):
             raise
         return Tongue(None, None)
     if options.template is None and not getattr(tokenizer, "chat_template", None):
@@ -66,6 +69,16 @@ def stream_text(subject: Subject, tongue: Tongue) -> StreamText:
     rows = subject.checkpoint.tensors[subject.plan.embedding].shape[0]
     ids = torch.randint(0, rows, (STREAM_PROMPTS, RANDOM_LENGTH), generator=torch.Generator().manual_seed(0))
     return StreamText(ids.tolist(), "random")
+
+
+def certify_stream(subject: Subject, options: RunOptions, text: StreamText, direction: Tensor) -> StreamResidual:
+    """The stream part, in fp32; on the CPU where the device has no room for that."""
+    try:
+        return measure_stream(load_model(subject, options, dtype="float32"), text.prompts, direction, options.progress)
+    except torch.OutOfMemoryError:
+        log.warning("the device has no room for the weights in float32: the certificate is measured on the CPU")
+    model = load_model(subject, replace(options, device="cpu"), dtype="float32")
+    return measure_stream(model, text.prompts, direction, options.progress)
 
 
 def assemble(

@@ -117,7 +117,7 @@ def selection_record(selection: Selection, thresholds: Mapping[str, Any]) -> dic
 
 
 def _writer_record(residual: WriterResidual, subject: Subject, forms: Mapping[str, str]) -> dict[str, Any]:
-    writer = next(w for w in subject.plan.writers if w.tensor == residual.tensor)
+    writer = next(w for w in subject.plan.edited if w.tensor == residual.tensor)
     return {
         "tensor": residual.tensor,
         "kind": writer.kind,

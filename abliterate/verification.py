@@ -8,14 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from abliterate.certify.certificate import Certificate
-from abliterate.certify.stream import measure_stream
 from abliterate.direction.files import load_direction
 from abliterate.errors import CheckpointError
 from abliterate.progress import Progress
-from abliterate.proving import assemble, stream_text, tongue_of
+from abliterate.proving import assemble, certify_stream, stream_text, tongue_of
 from abliterate.publish.manifest import MANIFEST_NAME, read_manifest
 from abliterate.record import DIRECTION_FILE
-from abliterate.subject import RunOptions, Subject, load_model, open_subject
+from abliterate.subject import RunOptions, Subject, open_subject
 
 CHUNK = 1 << 22
 
@@ -62,8 +61,7 @@ def verify(
     vector = _direction(subject, direction)
     tongue = tongue_of(subject, options)
     text = stream_text(subject, tongue)
-    model = load_model(subject, options, dtype="float32", tokenizer=tongue.tokenizer)
-    stream = measure_stream(model, text.prompts, vector, options.progress)
+    stream = certify_stream(subject, options, text, vector)
     certificate = assemble(subject, None, vector, text, stream, None, recorded.strength if recorded else 1.0)
     wrong = mismatches(subject.folder, recorded.hashes, options.progress) if recorded else ()
     return Verification(certificate, wrong, recorded is not None)

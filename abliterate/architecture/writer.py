@@ -74,3 +74,11 @@ class Plan:
     writers: tuple[Writer, ...]
     roles: tuple[TensorRole, ...]
     head_copy: bool = False
+
+    @property
+    def edited(self) -> tuple[Writer, ...]:
+        """The writers, and a stored copy of the tied head, which goes with the embedding."""
+        if not self.head_copy:
+            return self.writers
+        axis = next(writer.axis for writer in self.writers if writer.tensor == self.embedding)
+        return (*self.writers, Writer(self.head, "head copy", axis, None, None))

@@ -66,12 +66,18 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # what the libraries raise for damaged files has no common base
         raise CalibrationError(f"no usable tokenizer in {folder}: {_first_line(error)}") from error
     # Where no tokenizer's files are there, transformers makes an empty one for some families (Qwen, Gemma, GPT-2).
     if set(tokenizer("plain words", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
         raise CalibrationError(f"no usable tokenizer in {folder}: it has no vocabulary")
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the checkpoint brings any file of a tokenizer."""
+    patterns = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+    return any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
 
 
 def _first_line(error: BaseException) -> str:
@@ -117,7 +123,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_c
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except Exception as error:  # damaged weights and configs raise errors of many kinds, some of them plain ones
             reason = _first_line(error)
             raise CheckpointError(f"transformers {transformers.__version__} cannot load {folder}: {reason}") from error
     for kind in ("missing_keys", "mismatched_keys"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from abliterate.calibration.hooks import Steer, Stream, on_input, steered
+from abliterate.errors import CalibrationError
 from abliterate.progress import SILENT, Progress
 
 Tokens = Sequence[int]
@@ -88,7 +89,15 @@ class ResidentModel:
         return device
 
     def batches(self, prompts: Sequence[Tokens]) -> Iterator[list[int]]:
-        """Indices of prompts, similar lengths together, so that little is spent on padding."""
+        """Indices of prompts, similar lengths together, so that little is spent on padding.
+
+        Raises:
+            CalibrationError: one is longer than the model has positions.
+        """
+        longest = max(map(len, prompts), default=0)
+        positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        if isinstance(positions, int) and longest > positions:
+            raise CalibrationError(f"a prompt has {longest} tokens, and the model {positions} positions; shorten it")
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]

@@ -45,13 +45,13 @@ def tolerance(dtype: str, hidden_size: int, part: Literal["writer", "stream"]) -
 def writer_residuals(
     checkpoint: Checkpoint, plan: Plan, direction: Tensor, base: Checkpoint | None = None
 ) -> tuple[WriterResidual, ...]:
-    """Measures every writer, streamed in blocks.
+    """Measures every writer (and a stored copy of the tied head), streamed in blocks.
 
     Args:
         direction: r [hidden].
         base: the unedited checkpoint, for the figures before.
     """
-    return tuple(_residual(checkpoint, plan, writer, direction, base) for writer in plan.writers)
+    return tuple(_residual(checkpoint, plan, writer, direction, base) for writer in plan.edited)
 
 
 def _residual(

@@ -88,14 +88,17 @@ def _copy_in_kernel(source: int, target: int, count: int, read_at: int, write_at
     return done
 
 
-def check_file_target(path: Path) -> None:
+def check_file_target(path: Path, overwrite: bool = False) -> None:
     """Whether a file can be made at `path`, before the work that fills it.
 
     Raises:
-        OutputError: its folder is not there or cannot be written to, or a folder has its name.
+        OutputError: it is there and not to be overwritten, its folder is not there or cannot be written to, or a folder
+            has its name.
     """
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file to write")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} is there already; choose another name, or replace it with --overwrite")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent} is not a folder, so {path.name} cannot be written there; make it first")
     if not os.access(path.parent, os.W_OK):

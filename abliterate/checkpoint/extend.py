@@ -54,6 +54,18 @@ def extended_header(header: Header, copies: Sequence[TensorCopy]) -> Header:
     return parse_header(header.path, raw, len(raw) + end + size)
 
 
+def single_index(header: Header) -> bytes:
+    """The index of a checkpoint that is one shard, for folders that hold other safetensors files beside it.
+
+    Loaders that read every safetensors file of a folder (vLLM's, say) read no more than an index names.
+    """
+    content = {
+        "metadata": {"total_size": header.data_bytes},
+        "weight_map": dict.fromkeys(sorted(header.tensors), header.path.name),
+    }
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def extended_index(checkpoint: Checkpoint, index: Path, copies: Sequence[TensorCopy]) -> bytes:
     """The index with the copies in it, sorted where it was; byte for byte the same where there are none.
 

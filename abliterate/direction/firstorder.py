@@ -66,5 +66,5 @@ def _batch(prompts: Sequence[Tokens], model: ResidentModel, refusal_tokens: Sequ
     for output, gradient in zip(outputs, gradients, strict=True):
         if gradient is not None:
             along = (gradient.float() @ units.T) * (output.detach().float() @ units.T)
-            change -= along.flatten(0, -2).double().sum(0).cpu()
-    return change + score.detach().double().cpu()
+            change -= along.flatten(0, -2).cpu().double().sum(0)
+    return change + score.detach().cpu().double()

@@ -85,10 +85,8 @@ class StreamedProjection(Projection):
 
     def __init__(self, info: TensorInfo, axis: int, projector: Projector, strength: float, directional: bool) -> None:
         super().__init__(info, axis, projector, strength, directional)
-        self._sum, self._along = CovectorSum(self._v), torch.empty(0)
         self._early: list[int] = by_size(self._v)[:HELD].tolist() if self._directional else []
-        self._held: dict[int, Tensor] = {}
-        self._rounding: DirectionalRounding | None = None
+        self._forget()
 
     def measure(self, rows: slice, block: Tensor) -> None:
         """Adds these rows' part of v.W, and keeps those that are rounded first."""
@@ -104,13 +102,19 @@ class StreamedProjection(Projection):
         if rows.start == 0:
             self._start()
         target = self._edited(matrix, self._u[rows, None], self._along)
-        if self._rounding is None:
-            return target.to(self._dtype).reshape(block.shape)
-        stored = self._rounding.round(target)
+        stored = self._rounding.round(target) if self._rounding else target.to(self._dtype)
         for row in self._early:
             if rows.start <= row < rows.stop:
                 stored[row - rows.start] = self._held[row]
+        if rows.stop == len(self._v):
+            self._forget()
         return stored.reshape(block.shape)
+
+    def _forget(self) -> None:
+        """Holds nothing of the tensor: edits of a whole checkpoint live side by side."""
+        self._sum, self._along = CovectorSum(self._v), torch.empty(0)
+        self._held: dict[int, Tensor] = {}
+        self._rounding: DirectionalRounding | None = None
 
     def _start(self) -> None:
         """Takes the sum; rounds the rows that were kept, and leaves what they owe to the others."""

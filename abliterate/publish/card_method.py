@@ -29,7 +29,7 @@ def method_text(manifest: Manifest) -> dict[str, Any]:
         "direction_equation": True,
         "layer": pick["layer"],
         "position": f"{pick['position']}{_token(pick['position'], manifest['calibration'])}",
-        "prompts": _prompts(manifest["calibration"]),
+        "prompts": _prompts(manifest["calibration"], manifest["recipe"]["direction"]["filter"]),
         "selection": _selection(selection),
         "candidates": _candidates(selection),
     }
@@ -40,7 +40,7 @@ def _token(position: int, calibration: Manifest) -> str:
     return f" ({code(visible(tokens[position]))})" if 0 < -position <= len(tokens) else ""
 
 
-def _prompts(calibration: Manifest) -> str:
+def _prompts(calibration: Manifest, filtered: bool) -> str:
     chat = calibration["chat"]
     sets = " and ".join(
         f"{each['train']} {kind} prompts ({code(each['source'])}, {each['kept']} kept)"
@@ -51,9 +51,10 @@ def _prompts(calibration: Manifest) -> str:
     system = f", system prompt {code(chat['system_prompt'])}" if chat["system_prompt"] else ""
     thinking = {"on": ", thinking", "off": ", thinking switched off"}.get(chat["thinking"], "")
     tokens = ", ".join(code(visible(token["text"])) for token in calibration["refusal_tokens"]["tokens"])
+    kept = "; a prompt is kept when the model itself answers it as expected" if filtered else ""
     return (
-        f"Means over {sets}, in {template}{system}{thinking}; a prompt is kept when the model itself answers it as "
-        f"expected. A refusal score is the log-odds that the answer starts with one of {tokens}."
+        f"Means over {sets}, in {template}{system}{thinking}{kept}. A refusal score is the log-odds that the answer "
+        f"starts with one of {tokens}."
     )
 
 
@@ -130,7 +131,7 @@ def _head(edit: Manifest) -> str:
         )
     if edit["head"] == "separate":
         return f"**Separate head.** The output head is a tensor of its own and was left as it is.{ablation}"
-    added = ", ".join(code(name) for name in edit["added"])
+    added = ", ".join(code(name) for name in edit["added"]) or "the copy that the base has of it"
     changes = ", ".join(code(f"{key}: {str(value).lower()}") for key, value in edit["config_changes"].items())
     return (
         "**Untied head.** In the base the output head shares the embedding. Here the unedited embedding is stored as "

@@ -219,6 +219,9 @@ def _files(manifest: Manifest) -> list[str]:
         "`abliteration.json`: what was done to what, by hash, with every score and residual",
         f"{code(manifest['direction']['file'])}: the direction, in the tensor `direction`",
     ]
+    if len(names) == 1:
+        index = f"{names[0].removesuffix('.safetensors')}.safetensors.index.json"
+        lines.append(f"{code(index)}: names the weights, so that loaders leave the direction's file aside")
     if manifest["selection"]:
         lines.append("`selection.png`: the scores of the candidate directions")
     if "README.base.md" in manifest["output"]["files"]:

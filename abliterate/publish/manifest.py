@@ -30,7 +30,7 @@ def portable_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError: a value is not of a JSON type (a tensor, a Path), or a key not a string; the message says where.
     """
-    plain = _plain(manifest, "manifest")
+    plain = plain_values(manifest, "manifest")
     for path, clean in _PLACES.items():
         _replace(plain, path, clean)
     order = list(manifest_schema()["properties"])
@@ -73,8 +73,12 @@ def _one_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _plain(value: Any, where: str) -> Any:
-    """Copies JSON types, sorting keys; NaN and infinities become None."""
+def plain_values(value: Any, where: str) -> Any:
+    """A copy in JSON types, keys sorted; NaN and infinities become None.
+
+    Raises:
+        TypeError: a value is not of a JSON type, or a key not a string; `where` says which.
+    """
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
@@ -85,9 +89,9 @@ def _plain(value: Any, where: str) -> Any:
         strange = [key for key in value if not isinstance(key, str)]
         if strange:
             raise TypeError(f"{where} has a key that is no string: {strange[0]!r}")
-        return {key: _plain(value[key], f"{where}.{key}") for key in sorted(value)}
+        return {key: plain_values(value[key], f"{where}.{key}") for key in sorted(value)}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [plain_values(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise TypeError(f"{where} is a {type(value).__name__}, not a JSON type")
 
 

@@ -125,7 +125,7 @@ def print_plan(plan: Plan, checkpoint: Sized | None = None) -> None:
 
 def print_certificate(certificate: Record, mismatches: Sequence[str], manifest: bool) -> None:
     """`abliterate verify`: the certificate, and whether the files are those that the manifest names."""
-    files = Text("as the manifest says" if manifest else "no manifest to compare with")
+    files = Text("weights and direction as the manifest says" if manifest else "no manifest to compare with")
     if mismatches:
         files = Text(f"not those of the manifest: {_some(mismatches)}", "bold red")
     _print(fact_table({**_certificate_facts(certificate), "files": files}))

@@ -154,10 +154,11 @@ def test_a_file_stays_as_it_was_when_writing_fails(
 def test_where_a_file_can_be_made(tmp_path: Path) -> None:
     check_file_target(tmp_path / "new")
     (tmp_path / "file").touch()
-    check_file_target(tmp_path / "file")
+    check_file_target(tmp_path / "file", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     for place, message in (
         (tmp_path, "is a folder; name a file"),
+        (tmp_path / "file", "is there already.*--overwrite"),
         (tmp_path / "no" / "a", "no is not a folder, so a cannot be written there; make it first"),
         (tmp_path / "file" / "a", "file is not a folder"),
     ):

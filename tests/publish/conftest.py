@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from abliterate.recipe import Recipe
+
 LAYERS = 30
 POSITIONS = 5
 TOKENS = ["<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
@@ -172,7 +174,7 @@ def build_manifest() -> dict[str, Any]:
             "dtype": ["BF16"],
             "shards": [{"name": "model.safetensors", "sha256": _sha("in"), "bytes": 269060552}],
         },
-        "recipe": {"name": "arditi", "head": "tied", "strength": 1.0, "selection": {"max_kl": 0.1}},
+        "recipe": Recipe().replacing("edit", head="tied").as_dict(),
         "calibration": build_calibration(),
         "selection": build_selection(),
         "direction": {

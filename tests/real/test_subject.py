@@ -79,6 +79,7 @@ def test_it_loads_whole_and_every_file_is_there(converted: Converted, subject: P
     _, report = AutoModelForCausalLM.from_pretrained(converted.folder, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ours = {"README.base.md", "abliteration.json", "refusal_direction.safetensors", "selection.png"}
+    ours |= {"model.safetensors.index.json"}
     assert {p.name for p in converted.folder.iterdir()} == {p.name for p in subject.iterdir()} | ours
 
 
@@ -142,16 +143,22 @@ def test_fp32_untied_equals_runtime_ablation(converted: Converted, fp32_subject:
             assert float(difference) <= 1e-4
 
 
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
 def test_converting_twice_gives_the_same_bytes(converted: Converted, subject: Path, tmp_path: Path) -> None:
+    again = tmp_path / converted.folder.name
+    run("convert", str(subject), str(again))
+    assert digests(again) == digests(converted.folder)
+
+
+def test_a_direction_file_gives_the_weights_of_the_run_it_came_from(
+    converted: Converted, subject: Path, tmp_path: Path
+) -> None:
     file = converted.folder / "refusal_direction.safetensors"
-    digests = []
-    for name in ("one", "two"):
-        out = tmp_path / name / "out"
-        run("convert", str(subject), str(out), "--direction", str(file), "--no-evaluate")
-        digests.append({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()})
-    assert digests[0] == digests[1]
-    weights = hashlib.sha256((converted.folder / "model.safetensors").read_bytes()).hexdigest()
-    assert digests[0]["model.safetensors"] == weights
+    run("convert", str(subject), str(tmp_path / "out"), "--direction", str(file), "--no-evaluate")
+    assert digests(tmp_path / "out")["model.safetensors"] == digests(converted.folder)["model.safetensors"]
 
 
 def test_a_wrong_direction_file_is_refused(subject: Path, tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""Options that several commands of the command line share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
+recipe_option = click.option(
+    "--recipe", default="refusal", show_default=True, metavar="NAME|FILE", help="Method; see `abliterate recipes`."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+voice_options = _options(
+    click.option("-v", "--verbose", is_flag=True, help="Say what is being done."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress bars, only errors."),
+)
+prompt_options = _options(
+    click.option(
+        "--harmful",
+        metavar="SRC",
+        help="FILE[:column] (.txt .json .jsonl .csv .parquet) or hf:dataset[:config[:split[:column]]].",
+    ),
+    click.option("--harmless", metavar="SRC", help="Harmless prompts, likewise."),
+    click.option("--system-prompt", metavar="TEXT", help="System prompt before every instruction."),
+    click.option(
+        "--template", metavar="NAME|FILE", help="For a model without chat template: a built-in name, or a Jinja file."
+    ),
+)
+exhaustive_option = click.option(
+    "--exhaustive", is_flag=True, help="Score every candidate on every validation prompt instead of screening."
+)
+run_options = _options(
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Of calibration and evaluation; certificates always compute in float32.",
+    ),
+    click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Prompts a pass.  [default: by device]"),
+    click.option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split of prompt files."
+    ),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+)
