@@ -1,5 +1,6 @@
 """Edits of single tensors and of plans: the formula, the certificate's tolerance, the same bytes for any blocks."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -366,3 +367,15 @@ def test_a_head_of_its_own_is_not_edited(tmp_path: Path) -> None:
 def test_a_direction_of_another_width(tmp_path: Path) -> None:
     with pytest.raises(EditError, match=r"direction has shape \[15\]; this model's stream is 16 wide"):
         build_edits(checkpoint(tmp_path), PLAN, normal(0, 15))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_nothing_of_a_tensor_is_kept_once_it_is_edited(dtype: str) -> None:
+    rows, columns = 64, 50_000
+    info = TensorInfo("w", dtype, (rows, columns), 0, rows * columns * DTYPES[dtype].itemsize)
+    edit = projection(info, 0, make_projector(torch.randn(rows)))
+    weight = torch.randn(rows, columns).to(DTYPES[dtype])
+    edit.measure(slice(0, rows), weight)
+    assert len(pickle.dumps(edit)) > columns
+    edit.apply(slice(0, rows), weight)
+    assert len(pickle.dumps(edit)) < columns
