@@ -8,14 +8,15 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-fast check format subject gemma clean
+.PHONY: help demo test test-fast architectures check format subject gemma clean
 
 help:
-	@echo "make demo       convert the refusing SmolLM2 and show refusals before and after"
-	@echo "make test       all tests, on pico models and on real ones"
-	@echo "make test-fast  tests on pico models only"
-	@echo "make check      ruff and mypy"
-	@echo "make clean      remove the environment and everything built"
+	@echo "make demo           convert the refusing SmolLM2 and show refusals before and after"
+	@echo "make test           all tests, on pico models and on real ones"
+	@echo "make test-fast      tests on pico models only"
+	@echo "make architectures  convert a tiny twin of every architecture, and write docs/architectures.md"
+	@echo "make check          ruff and mypy"
+	@echo "make clean          remove the environment and everything built"
 
 # A CPU build of torch: from wherever pip is set up to look, else from PyTorch's own index.
 $(VENV)/ready: pyproject.toml
@@ -39,6 +40,9 @@ test: $(VENV)/ready
 
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not real"
+
+architectures: $(VENV)/ready
+	$(BIN)/python -m tests.sweep --write
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

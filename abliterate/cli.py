@@ -20,9 +20,11 @@ from abliterate import __version__
 from abliterate.errors import AbliterateError
 from abliterate.options import (
     exhaustive_option,
+    inexact_option,
     json_option,
     prompt_options,
     recipe_option,
+    remote_code_option,
     revision_option,
     run_options,
     voice_options,
@@ -67,6 +69,7 @@ def cli() -> None:
 @run_options
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@inexact_option
 @click.option("--no-evaluate", is_flag=True, help="Leave out the evaluation before and after.")
 @json_option
 @voice_options
@@ -145,15 +148,21 @@ def direction(model: str, out: Path, overwrite: bool, as_json: bool, **given: An
 @cli.command()
 @click.argument("model")
 @revision_option
+@click.option("--entry", is_flag=True, help="Print what the gradient probe finds, as an entry for the table (YAML).")
+@inexact_option
+@remote_code_option
 @json_option
 @voice_options
-def plan(model: str, as_json: bool, **given: Any) -> None:
+def plan(model: str, entry: bool, inexact: bool, trust_remote_code: bool, as_json: bool, **given: Any) -> None:
     """Show what would be edited, what is kept, and why: every tensor accounted for, from headers alone."""
     with _loading():
-        from abliterate.planning import plan_and_headers
+        from abliterate.planning import plan_and_headers, probed_text
 
     _set_up_logging(given)
-    _print_plan(*plan_and_headers(model, given["revision"]), as_json)
+    if entry:
+        click.echo(probed_text(model, given["revision"], trust_remote_code), nl=False)
+        return
+    _print_plan(*plan_and_headers(model, given["revision"], trust_remote_code, inexact), as_json)
 
 
 @cli.command()
@@ -258,7 +267,8 @@ def _run_options(given: Mapping[str, Any]) -> Any:
 
     names = ("device", "dtype", "batch_size", "seed", "trust_remote_code", "template", "system_prompt")
     _set_up_logging(given)
-    return RunOptions(**{name: given[name] for name in names}, progress=Progress(False if given["quiet"] else None))
+    chosen = {name: given[name] for name in names} | {"inexact": given.get("inexact", False)}
+    return RunOptions(**chosen, progress=Progress(False if given["quiet"] else None))
 
 
 def _set_up_logging(given: Mapping[str, Any]) -> None:

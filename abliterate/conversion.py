@@ -14,7 +14,7 @@ from torch import Tensor
 from abliterate.calibration.chat import make_chat_format
 from abliterate.calibration.load import load_tokenizer, pick_device
 from abliterate.certify.certificate import Certificate
-from abliterate.certify.stream import StreamResidual, measure_stream
+from abliterate.certify.stream import StreamResidual
 from abliterate.checkpoint.carry import carry_over, update_config
 from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.extend import TensorCopy, single_index
@@ -29,7 +29,7 @@ from abliterate.evaluation.metrics import EvaluationSet, Measured, evaluate_mode
 from abliterate.find import FoundDirection, find_in
 from abliterate.measuring import discovered_tokens, evaluation_set
 from abliterate.prompting import Prompts, load_calibration
-from abliterate.proving import StreamText, Tongue, assemble, certify_stream, stream_text, tongue_of
+from abliterate.proving import StreamText, Tongue, assemble, certify_stream, run_stream, stream_text, tongue_of
 from abliterate.publish.card import render_card
 from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_manifest
 from abliterate.publish.plot import plot_selection
@@ -134,7 +134,8 @@ def convert(
     # before a model is downloaded that could then not be written
     local = find(model, revision)
     check_target(Path(out), overwrite=overwrite, inputs=[local.folder] if local else [])
-    subject = open_subject(model, revision)
+    options = options or RunOptions()
+    subject = open_subject(model, revision, options.trust_remote_code, options.inexact)
     job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
     with staged(Path(out), overwrite=overwrite, inputs=[job.subject.folder]) as staging:
         check_space(staging.folder, output_bytes(job))
@@ -175,18 +176,24 @@ def prepare(
 def output_bytes(job: Job) -> int:
     """Size of the weights that will be written."""
     plan, checkpoint = job.subject.plan, job.subject.checkpoint
-    untied = plan.tied and not plan.head_copy and job.recipe.edit.head == "untied"
-    return checkpoint.nbytes + (checkpoint.tensors[plan.embedding].nbytes if untied else 0)
+    added = (plan.untying or ()) if unties(job) else ()
+    return checkpoint.nbytes + sum(checkpoint.tensors[source].nbytes for source, _ in added)
+
+
+def unties(job: Job) -> bool:
+    """Whether the head is to keep the unedited embedding: not where that would take other shared tensors apart."""
+    plan = job.subject.plan
+    return plan.shares_edit and plan.untying is not None and job.recipe.edit.head == "untied"
 
 
 def study_base(job: Job) -> BaseFindings:
     """Everything that needs the unedited weights in memory: the direction, and the evaluation before."""
-    text = stream_text(job.subject, job.tongue)
+    text = stream_text(job.subject, job.tongue, job.options.trust_remote_code)
     given = job.direction_file
     if given is not None and not job.evaluate:
         direction = load_direction(given, job.subject.plan.hidden_size)
         return BaseFindings(direction, direction_bytes(direction), text)
-    tied = job.subject.plan.tied and job.recipe.edit.head == "tied"
+    tied = job.subject.plan.shares_edit and not unties(job)
     model = load_model(job.subject, job.options, tied_head=tied, tokenizer=job.tongue.tokenizer)
     found = None
     if given is None:
@@ -202,7 +209,7 @@ def study_base(job: Job) -> BaseFindings:
         direction,
         file,
         text,
-        measure_stream(model, text.prompts, direction, job.options.progress),
+        run_stream(model, job.subject, job.options, text, direction),
         found,
         calibration,
         data,
@@ -219,12 +226,12 @@ def _evaluation_data(job: Job, model: Any, found: FoundDirection | None) -> Eval
 def write_edited(job: Job, findings: BaseFindings, folder: Path) -> Written:
     """Shard in, shard out: writers edited, everything else carried over byte for byte."""
     plan, checkpoint = job.subject.plan, job.subject.checkpoint
-    untie = plan.tied and job.recipe.edit.head == "untied"
+    untie = unties(job)
     edits = build_edits(checkpoint, plan, findings.direction, job.recipe.edit.strength, untie)
-    copies = [TensorCopy(plan.embedding, plan.head)] if untie and not plan.head_copy else []
+    copies = [TensorCopy(source, target) for source, target in plan.untying or ()] if untie else []
     shards = rewrite_checkpoint(checkpoint, folder, edits, copies, progress=job.options.progress)
     files = carry_over(checkpoint, folder)
-    changes = {plan.tied_flag: False} if untie else {}
+    changes = dict.fromkeys(plan.tied_flags, False) if untie else {}
     if changes:
         update_config(folder, changes)
     head = ("untied" if untie else "tied") if plan.tied else "separate"
@@ -234,7 +241,7 @@ def write_edited(job: Job, findings: BaseFindings, folder: Path) -> Written:
 
 def prove(job: Job, findings: BaseFindings, folder: Path) -> tuple[Certificate, Measured | None]:
     """The certificate and the evaluation after, both on the stored files."""
-    edited = subject_at(Source(folder, None, None, None))
+    edited = subject_at(Source(folder, None, None, None), job.options.trust_remote_code, job.options.inexact)
     stream = certify_stream(edited, job.options, findings.text, findings.direction)
     strength = job.recipe.edit.strength
     certificate = assemble(
@@ -284,6 +291,12 @@ def warnings_of(job: Job, findings: BaseFindings, certificate: Certificate) -> l
         warnings.append(certificate.claim)
     elif not certificate.holds:
         warnings.append(f"certificate failed: {certificate.failure}")
+    if job.subject.plan.shares_edit and job.recipe.edit.head == "untied" and not unties(job):
+        warnings.append("the head stays tied: untying it would take other shared tensors of this model apart")
+    if job.subject.plan.probed and job.subject.plan.inexact is None:
+        warnings.append("an architecture that is not in the table: its writers were found, and proved, on a tiny twin")
+    if findings.text.unseen is not None:
+        warnings.append(f"no picture ran through the model, so only its text part is proved: {findings.text.unseen}")
     if job.tongue.tokenizer is None:
         warnings.append("no tokenizer: nothing was evaluated, and random tokens ran through the model")
     if job.evaluate and job.tongue.chat is None:
@@ -333,6 +346,7 @@ def _command(subject: Subject, recipe: Recipe, direction: Path | None, options: 
         words += [flag, str(value)] if value is not None else []
     switches = {
         "--exhaustive": recipe.selection.exhaustive and not direction,
+        "--inexact": options.inexact and subject.plan.inexact is not None,
         "--trust-remote-code": options.trust_remote_code,
         "--no-evaluate": not evaluate,
     }

@@ -39,7 +39,9 @@ def dry_run(
         AbliterateError: `convert` would fail in the same way.
     """
     with glimpse(model, revision) as source:
-        job = prepare(subject_at(source), recipe=recipe, direction=direction, options=options, evaluate=evaluate)
+        options = options or RunOptions()
+        subject = subject_at(source, options.trust_remote_code, options.inexact)
+        job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
         check_target(Path(out), overwrite=overwrite, inputs=[job.subject.folder])
         check_space(next(parent for parent in Path(out).resolve().parents if parent.exists()), output_bytes(job))
         return DryRun(job.subject.plan, job.subject.checkpoint, _summary(job, Path(out)))

@@ -13,6 +13,18 @@ class ArchitectureError(AbliterateError):
     """The residual writers of this model type are not known, or not all accounted for."""
 
 
+class RefusedError(ArchitectureError):
+    """No direction is exact on this architecture, and the reason is known.
+
+    Attributes:
+        why: the reason alone.
+    """
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
 class RecipeError(AbliterateError):
     """A recipe names an unknown key or a value out of range."""
 

@@ -71,6 +71,8 @@ def find_in(
         CalibrationError: the model does not refuse, or too few prompts are left.
         SelectionError: no candidate passes.
     """
+    if model.stream.unreached:
+        log.warning("scores leave out %s, whose output no hook reaches", ", ".join(model.stream.unreached[:3]))
     harmful, harmless = encode(chat, prompts.harmful.train), encode(chat, prompts.harmless.train)
     tokens = _refusal_tokens(model, harmful, harmless, recipe, chat, progress)
     positions = positions_of(chat, recipe)
@@ -78,6 +80,7 @@ def find_in(
     directions = difference(
         mean_hidden(model, harmful, positions, sign, tokens.ids, progress, "harmful means"),
         mean_hidden(model, harmless, positions, -sign, tokens.ids, progress, "harmless means"),
+        model.stream.transport,
     )
     data = Validation(encode(chat, prompts.harmful.validation), encode(chat, prompts.harmless.validation), tokens.ids)
     sheet = ScoreSheet(model, directions, data)
@@ -137,11 +140,12 @@ def find_direction(
         check_file_target(Path(out), overwrite)
     options = options or RunOptions()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    subject = open_subject(model, revision)
+    subject = open_subject(model, revision, options.trust_remote_code, inexact=True)
     prompts = load_calibration(recipe.calibration, options.seed)
     tokenizer = tokenizer_of(subject, options)
     chat = chat_format(tokenizer, recipe.calibration, options.template, options.system_prompt)
-    tied = subject.plan.tied and recipe.edit.head == "tied"
+    plan = subject.plan
+    tied = plan.shares_edit and (recipe.edit.head == "tied" or plan.untying is None)
     loaded = load_model(subject, options, tied_head=tied, tokenizer=tokenizer)
     found = find_in(loaded, chat, prompts, recipe, options.progress)
     if out is not None:

@@ -64,8 +64,8 @@ def evaluate(
     """
     options = options or RunOptions()
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    subject = open_subject(model, revision)
-    reference = open_subject(baseline) if baseline else None
+    subject = open_subject(model, revision, options.trust_remote_code, inexact=True)
+    reference = open_subject(baseline, None, options.trust_remote_code, inexact=True) if baseline else None
     tongue = _speaking(subject, options, chosen)
     prompts = load_calibration(chosen.calibration, options.seed)
     tokens = _refusal_tokens(subject, reference, options, tongue, prompts)

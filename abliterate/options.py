@@ -41,6 +41,12 @@ prompt_options = _options(
 exhaustive_option = click.option(
     "--exhaustive", is_flag=True, help="Score every candidate on every validation prompt instead of screening."
 )
+remote_code_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."
+)
+inexact_option = click.option(
+    "--inexact", is_flag=True, help="Also where no direction is exact on the architecture; nothing is certified then."
+)
 run_options = _options(
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option(
@@ -54,5 +60,5 @@ run_options = _options(
     click.option(
         "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the split of prompt files."
     ),
-    click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+    remote_code_option,
 )

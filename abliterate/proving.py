@@ -1,7 +1,7 @@
 """Certifies files on disk: their bytes for the writers, a forward pass in fp32 for the stream."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +10,14 @@ from torch import Tensor
 
 from abliterate.calibration.chat import ChatFormat, make_chat_format
 from abliterate.calibration.load import has_tokenizer, load_tokenizer
+from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.pictures import picture_inputs
 from abliterate.calibration.prompts import builtin
 from abliterate.certify.certificate import Certificate, TextKind
-from abliterate.certify.stream import StreamResidual, measure_stream
+from abliterate.certify.stream import StreamResidual, joined, measure_picture, measure_stream
 from abliterate.certify.weights import tolerance, writer_residuals
 from abliterate.checkpoint.files import Checkpoint
+from abliterate.edit.edits import Projectors
 from abliterate.errors import CalibrationError
 from abliterate.prompting import encode, encode_plain, neutral_paragraphs
 from abliterate.subject import RunOptions, Subject, load_model
@@ -26,10 +29,18 @@ STREAM_PROMPTS, RANDOM_LENGTH = 16, 32
 
 @dataclass(frozen=True)
 class StreamText:
-    """What runs through the model for the stream part: token ids, and of which kind."""
+    """What runs through the model for the stream part.
+
+    Attributes:
+        prompts: token ids. `kind`: what they are.
+        picture: inputs with a picture, for models that take some.
+        unseen: why no picture runs through a model that takes some; None where one does, or there is nothing to see.
+    """
 
     prompts: Sequence[Sequence[int]]
     kind: TextKind
+    picture: Mapping[str, Tensor] | None = None
+    unseen: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +69,19 @@ def tongue_of(subject: Subject, options: RunOptions, thinking: str = "auto") -> 
     return Tongue(tokenizer, chat)
 
 
-def stream_text(subject: Subject, tongue: Tongue) -> StreamText:
-    """Held-out prompts of both kinds in the chat format, else neutral text, else seeded random tokens."""
+def stream_text(subject: Subject, tongue: Tongue, trust_remote_code: bool = False) -> StreamText:
+    """Held-out prompts in the chat format, else neutral text, else seeded random tokens; and a picture, if it sees."""
+    text = _text(subject, tongue)
+    if not subject.plan.sees:
+        return text
+    try:
+        return replace(text, picture=picture_inputs(subject.folder, trust_remote_code))
+    except CalibrationError as error:
+        log.warning("no picture runs through the model: %s", error)
+        return replace(text, unseen=str(error))
+
+
+def _text(subject: Subject, tongue: Tongue) -> StreamText:
     if tongue.chat is not None:
         half = STREAM_PROMPTS // 2
         sets = (builtin("harmful").test, builtin("harmless").test)
@@ -74,11 +96,22 @@ def stream_text(subject: Subject, tongue: Tongue) -> StreamText:
 def certify_stream(subject: Subject, options: RunOptions, text: StreamText, direction: Tensor) -> StreamResidual:
     """The stream part, in fp32; on the CPU where the device has no room for that."""
     try:
-        return measure_stream(load_model(subject, options, dtype="float32"), text.prompts, direction, options.progress)
+        return run_stream(load_model(subject, options, dtype="float32"), subject, options, text, direction)
     except torch.OutOfMemoryError:
         log.warning("the device has no room for the weights in float32: the certificate is measured on the CPU")
     model = load_model(subject, replace(options, device="cpu"), dtype="float32")
-    return measure_stream(model, text.prompts, direction, options.progress)
+    return run_stream(model, subject, options, text, direction)
+
+
+def run_stream(
+    model: ResidentModel, subject: Subject, options: RunOptions, text: StreamText, direction: Tensor
+) -> StreamResidual:
+    """Runs prompts, and the picture where there is one, through a loaded model and measures."""
+    pulled = Projectors(subject.checkpoint, subject.plan.hidden_size, direction).boundaries(subject.plan)
+    found = measure_stream(model, text.prompts, direction, options.progress, pulled)
+    if text.picture is None:
+        return found
+    return joined(found, measure_picture(model, text.picture, direction, pulled))
 
 
 def assemble(
@@ -93,4 +126,4 @@ def assemble(
     """Reads every stored writer, and holds both parts to the tolerances of what they are stored in (DESIGN 3.5)."""
     writers = writer_residuals(edited.checkpoint, edited.plan, direction, base)
     bound = max(tolerance(dtype, edited.plan.hidden_size, "stream") for dtype in edited.dtypes)
-    return Certificate(writers, stream, stream_before, bound, text.kind, strength)
+    return Certificate(writers, stream, stream_before, bound, text.kind, strength, edited.plan.inexact)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from abliterate.architecture.writer import Writer
 from abliterate.calibration.chat import ChatFormat
 from abliterate.calibration.model import ResidentModel
 from abliterate.calibration.prompts import PromptSplit
@@ -116,14 +117,13 @@ def selection_record(selection: Selection, thresholds: Mapping[str, Any]) -> dic
     }
 
 
-def _writer_record(residual: WriterResidual, subject: Subject, forms: Mapping[str, str]) -> dict[str, Any]:
-    writer = next(w for w in subject.plan.edited if w.tensor == residual.tensor)
+def _writer_record(residual: WriterResidual, writer: Writer, forms: Mapping[str, str]) -> dict[str, Any]:
     return {
         "tensor": residual.tensor,
         "kind": writer.kind,
         "axis": writer.axis,
         "form": forms.get(residual.tensor, "plain"),
-        "gain": writer.gain.tensor if writer.gain else None,
+        "gain": " * ".join(step.tensor for step in writer.gain if step.tensor) or None,
         "residual_before": residual.before,
         "residual_after": residual.after,
         "tolerance": residual.tolerance,
@@ -133,11 +133,14 @@ def _writer_record(residual: WriterResidual, subject: Subject, forms: Mapping[st
 
 def edit_record(subject: Subject, recipe: Recipe, edit: EditRecord, certificate: Certificate) -> dict[str, Any]:
     """Every writer with its residuals, and what else changed."""
+    edited = {writer.tensor: writer for writer in subject.plan.edited}
     return {
         "family": subject.plan.family,
+        "probed": subject.plan.probed,
+        "inexact": subject.plan.inexact,
         "head": edit.head,
         "strength": recipe.edit.strength,
-        "writers": [_writer_record(residual, subject, edit.forms) for residual in certificate.writers],
+        "writers": [_writer_record(residual, edited[residual.tensor], edit.forms) for residual in certificate.writers],
         "added": list(edit.added),
         "config_changes": dict(edit.config_changes),
     }

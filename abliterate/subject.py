@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from abliterate.architecture.blueprint import read_blueprint
+from abliterate.architecture.entry import find_entry
 from abliterate.architecture.plan import plan_architecture
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.load import load_resident, load_tokenizer, pick_device, pick_dtype
@@ -15,6 +17,8 @@ from abliterate.calibration.model import ResidentModel
 from abliterate.checkpoint.files import Checkpoint, open_checkpoint
 from abliterate.checkpoint.header import DTYPES
 from abliterate.checkpoint.locate import Source, resolve
+from abliterate.errors import RefusedError
+from abliterate.probing import inexact_entry, probed_entry
 from abliterate.progress import SILENT, Progress
 
 log = logging.getLogger(__name__)
@@ -29,6 +33,7 @@ class RunOptions:
             certificates always compute in float32.
         batch_size: prompts a forward pass; None chooses by device.
         seed: of the split of prompt sets.
+        inexact: also convert where no direction is exact, without a claim.
         template: built-in chat template or Jinja file; None takes the model's own.
         system_prompt: None leaves it to the template.
     """
@@ -38,6 +43,7 @@ class RunOptions:
     batch_size: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    inexact: bool = False
     template: str | None = None
     system_prompt: str | None = None
     progress: Progress = field(default=SILENT, compare=False)
@@ -72,20 +78,42 @@ class Subject:
         return DTYPES[self.checkpoint.tensors[self.plan.embedding].dtype]
 
 
-def open_subject(model: str, revision: str | None = None) -> Subject:
+def open_subject(
+    model: str, revision: str | None = None, trust_remote_code: bool = False, inexact: bool = False
+) -> Subject:
     """Locates the checkpoint, reads its headers, and finds its residual writers.
 
     Raises:
         CheckpointError: missing, gated, damaged or quantized.
         ArchitectureError: its residual writers are not known.
     """
-    return subject_at(resolve(model, revision))
+    return subject_at(resolve(model, revision), trust_remote_code, inexact)
 
 
-def subject_at(source: Source) -> Subject:
+def subject_at(source: Source, trust_remote_code: bool = False, inexact: bool = False) -> Subject:
     """See `open_subject`."""
     checkpoint = open_checkpoint(source.folder)
-    return Subject(source, checkpoint, plan_architecture(checkpoint))
+    return Subject(source, checkpoint, plan_of(checkpoint, trust_remote_code, inexact))
+
+
+def plan_of(checkpoint: Checkpoint, trust_remote_code: bool = False, inexact: bool = False) -> Plan:
+    """The plan by the table; where that does not know the model type, by the gradient probe.
+
+    Args:
+        inexact: also where no direction is exact.
+
+    Raises:
+        ArchitectureError: see `plan_architecture` and `probed_entry`; of a type that cannot be exact, why, and how much
+            of the direction would stay.
+    """
+    if not isinstance(checkpoint.config.get("model_type"), str):
+        return plan_architecture(checkpoint)
+    blueprint = read_blueprint(checkpoint.folder, checkpoint.config, trust_remote_code)
+    try:
+        entry = find_entry(checkpoint.config, blueprint) or probed_entry(checkpoint, trust_remote_code)
+    except RefusedError as refusal:
+        entry = inexact_entry(checkpoint, trust_remote_code, refusal, inexact)
+    return plan_architecture(checkpoint, trust_remote_code, entry, blueprint)
 
 
 def load_model(

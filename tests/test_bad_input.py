@@ -136,6 +136,18 @@ def nan(name: str) -> Callable[[Path], None]:
     return put
 
 
+def rename(name: str, new: str) -> Callable[[Path], None]:
+    def put(model: Path) -> None:
+        index = json.loads((model / INDEX).read_text())
+        shard = index["weight_map"].pop(name)
+        index["weight_map"][new] = shard
+        (model / INDEX).write_text(json.dumps(index))
+        stored = load_file(model / shard)
+        save_file({new if key == name else key: tensor for key, tensor in stored.items()}, model / shard)
+
+    return put
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no folder": (shutil.rmtree, ("model' is not a folder here, and not a Hub id",)),
     "no config": (lambda m: (m / "config.json").unlink(), (r"has no config\.json", "download it whole")),
@@ -152,11 +164,29 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "overlapping tensors": (change_header(overlap), ("model-00001.*: tensor .* overlaps the tensor before it",)),
     "NaN in a writer": (nan(WRITER), (f"tensor {WRITER} holds NaN or infinite values", "download them again")),
     "NaN in the embedding": (nan("model.embed_tokens.weight"), (r"embed_tokens\.weight holds NaN",)),
-    "an unknown architecture": (change_config(model_type="strange"), ("model type strange is not in", "llama")),
+    "an unknown architecture": (
+        change_config(model_type="strange"),
+        (r"model type strange is not known to transformers \d\S+; a newer release of transformers may know it",),
+    ),
+    "an architecture that is refused": (
+        change_config(model_type="rwkv"),
+        ("model type rwkv is not supported: what its channel mix writes",),
+    ),
     "no architecture": (change_config(model_type=None), ("names no model_type",)),
     "quantized": (change_config(quantization_config={"quant_method": "gptq"}), ("with 'gptq'", "unquantized")),
-    "another width": (change_config(hidden_size=64), ("should have the width of the stream, 64",)),
-    "another depth": (change_config(num_hidden_layers=2), ("layer beyond the 2 of config.json",)),
+    "another width": (
+        change_config(hidden_size=64),
+        (r"has shape \[131, 48\]; llama with this config.json has it as \[131, 64\]",),
+    ),
+    "another depth": (
+        change_config(num_hidden_layers=2),
+        (r"tensor model\.layers\.2\..* is not accounted for: llama with this config.json has no such tensor",),
+    ),
+    "a deeper config": (change_config(num_hidden_layers=4), (r"tensor model\.layers\.3\..* is missing",)),
+    "a tensor that nobody knows": (
+        rename(WRITER, "model.layers.1.mystery.weight"),
+        (r"model\.layers\.1\.mystery\.weight \[48, 72\] is not accounted for",),
+    ),
 }  # fmt: skip
 
 

@@ -1,197 +1,251 @@
-"""From headers and config to a plan: every tensor matched by a rule, every expected tensor there, or a clear no."""
+"""From headers and config to a plan: every tensor accounted for, every expected tensor there, or a clear no."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
-from abliterate.architecture.rules import LAYER, Family, Rule, Settings, fold_numbers
-from abliterate.architecture.table import find_family
-from abliterate.architecture.writer import Gain, Plan, TensorRole, Writer
+from abliterate.architecture.account import Account, Match
+from abliterate.architecture.blueprint import Blueprint, read_blueprint
+from abliterate.architecture.complete import check_complete
+from abliterate.architecture.entry import Entry, find_entry
+from abliterate.architecture.paths import gain_path, skip_paths
+from abliterate.architecture.table import load_table
+from abliterate.architecture.writer import Plan, Runtime, TensorRole, Writer
 from abliterate.checkpoint.files import Checkpoint
-from abliterate.checkpoint.header import TensorInfo
 from abliterate.errors import ArchitectureError
 
 EDITABLE = ("F64", "F32", "F16", "BF16")
-MOST_LAYERS, MOST_HIDDEN = 10_000, 10_000_000
 
 
-def plan_architecture(checkpoint: Checkpoint) -> Plan:
+def plan_architecture(
+    checkpoint: Checkpoint,
+    trust_remote_code: bool = False,
+    entry: Entry | None = None,
+    blueprint: Blueprint | None = None,
+) -> Plan:
     """The plan of a checkpoint, from its headers and config.json alone.
 
+    Args:
+        trust_remote_code: run code that comes with the checkpoint.
+        entry: what is known of the architecture; None looks in the table.
+        blueprint: of the config; None reads it.
+
     Raises:
-        ArchitectureError: the model type is not supported, its config rules out an exact edit, or a tensor is missing,
+        ArchitectureError: the model type is not supported, its config rules out an edit, or a tensor is missing,
             unknown, of an unexpected shape, or stored in a dtype that cannot be edited; the message names it.
     """
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
         raise ArchitectureError(f"{checkpoint.folder}: config.json names no model_type, so nothing is known about it")
-    family = find_family(model_type)
-    named = {key: value for key, value in checkpoint.config.items() if value is not None}
-    settings = {**family.defaults, **named}
-    refusal = next((refusal for refusal in family.refusals if refusal.applies(settings)), None)
-    if refusal is not None:
-        value = settings[refusal.key]
-        raise ArchitectureError(
-            f"this {model_type} ({refusal.key} is {value} in config.json) is not supported: {refusal.why}"
-        )
-    return _Matcher(checkpoint.tensors, family, settings).plan()
+    blueprint = blueprint or read_blueprint(checkpoint.folder, checkpoint.config, trust_remote_code)
+    entry = entry or find_entry(checkpoint.config, blueprint)
+    if entry is None:
+        known = len(load_table().types)
+        raise ArchitectureError(f"model type {model_type} is not among the {known} in the table of residual writers")
+    return _Planner(checkpoint, entry, blueprint, model_type).plan()
 
 
-@dataclass(frozen=True)
-class _Match:
-    """The rule for one stored tensor; no rule for the head."""
+class _Planner:
+    """Puts the plan of one checkpoint together."""
 
-    info: TensorInfo
-    rule: Rule | None
-    layer: int | None = None
-
-
-@dataclass(frozen=True)
-class _Matcher:
-    """Holds the tensors of one checkpoint against one family."""
-
-    tensors: Mapping[str, TensorInfo]
-    family: Family
-    settings: Settings
+    def __init__(self, checkpoint: Checkpoint, entry: Entry, blueprint: Blueprint, model_type: str) -> None:
+        self._checkpoint, self._entry, self._blueprint, self._model_type = checkpoint, entry, blueprint, model_type
+        self._account = Account(checkpoint.tensors, entry, blueprint, model_type)
+        self._matches = list(self._account.matches())
 
     def plan(self) -> Plan:
         """See `plan_architecture`."""
-        family, prefix = self.family, self._prefix()
-        hidden, layers = self._number(family.hidden_keys, MOST_HIDDEN), self._number(family.layers_keys, MOST_LAYERS)
-        rules = {rule.folded: rule for rule in family.rules if rule.present.holds(self.settings)}
-        self._check_complete(rules, prefix, layers)
-        matches = [self._match(info, rules, prefix, layers) for info in self.tensors.values()]
-        for match in matches:
-            _check_stored(match, hidden)
-        head, tied = self._head(prefix + family.embedding)
-        copied = tied and head in self.tensors
-        writers = [match for match in matches if match.rule is not None and match.rule.role == "writer"]
-        writers.sort(key=lambda match: (-1 if match.layer is None else match.layer, family.rules.index(match.rule)))
+        account, blueprint = self._account, self._blueprint
+        check_complete(self._matches, account.embedding, blueprint, self._model_type)
+        for match in self._matches:
+            self._check(match)
+        self._scopes = self._layer_scopes()
+        offset = self._entry.text.gain_offset
+        self._boundaries, self._join = skip_paths(self._entry.text.skip, self._scopes, self._stored, offset)
+        writers = tuple(self._writer(match) for match in sorted(self._writing(), key=self._order))
+        head, copied = self._head()
         return Plan(
-            model_type=family.model_type,
-            family=family.name,
-            hidden_size=hidden,
-            num_layers=layers,
-            tied=tied,
-            embedding=prefix + family.embedding,
+            model_type=self._model_type,
+            family=self._entry.text.name,
+            hidden_size=blueprint.hidden_size,
+            num_layers=len(self._scopes),
+            tied=blueprint.tied,
+            embedding=account.embedding,
             head=head,
-            tied_flag=family.tied_flag,
-            layers_prefix=prefix + family.layers,
-            writers=tuple(_writer(match, prefix) for match in writers),
-            roles=tuple(_role(match, copied) for match in matches),
+            tied_flags=self._tied_flags(),
+            writers=writers,
+            roles=tuple(self._role(match, copied) for match in self._matches),
+            runtime=self._runtime(writers),
+            boundaries=self._boundaries if self._entry.text.skip else (),
+            sometimes=self._sometimes(),
+            inexact=self._entry.inexact,
             head_copy=copied,
+            untying=self._untying(head) if blueprint.tied else (),
+            probed=self._entry.probed,
         )
 
-    def _number(self, keys: tuple[str, ...], most: int) -> int:
-        value = next((self.settings[key] for key in keys if key in self.settings), None)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+    def _writing(self) -> Iterable[Match]:
+        hidden = self._blueprint.hidden_size
+        return (m for m in self._matches if m.writes and not narrow(m, hidden))
+
+    def _check(self, match: Match) -> None:
+        """A writer's shape and dtype are those that its rule says; a tensor without a rule cannot write."""
+        info, hidden = match.info, self._blueprint.hidden_size
+        if match.rule is None and not match.head and hidden in info.shape:
+            raise self._unaccounted(match)
+        rule = match.rule
+        if rule is None or not match.writes:
+            return
+        if narrow(match, hidden):
+            return
+        axes = [axis for axis in rule.axes if len(info.shape) == rule.dimensions and info.shape[axis] == hidden]
+        if len(axes) != 1:
             raise ArchitectureError(
-                f"config.json has no usable {keys[0]} ({value!r}); it must be a number from 1 to {most}"
+                f"tensor {info.name} has shape {list(info.shape)}; it should have {rule.dimensions} dimensions, and "
+                f"along axis {' or '.join(map(str, rule.axes))} alone the width of the stream, {hidden}"
             )
-        return value
-
-    def _prefix(self) -> str:
-        """What stands before the family's names: files of one model differ in it ("transformer." or nothing, say)."""
-        name = self.family.embedding
-        found = [tensor for tensor in self.tensors if tensor == name or tensor.endswith(f".{name}")]
-        if len(found) != 1:
+        if info.dtype not in EDITABLE:
             raise ArchitectureError(
-                f"config.json says {self.family.model_type}, but the weights have "
-                f"{'no tensor' if not found else ' and '.join(found[:2]) + ' for'} {name}; they do not belong together"
+                f"tensor {info.name} is stored as {info.dtype}, and only {', '.join(EDITABLE)} can be edited; convert "
+                "the unquantized original"
             )
-        return found[0].removesuffix(name)
 
-    def _match(self, info: TensorInfo, rules: Mapping[str, Rule], prefix: str, layers: int) -> _Match:
-        if info.name in self.family.heads:
-            return _Match(info, None)
-        name = info.name.removeprefix(prefix)
-        # A name that has a * itself would pass for a folded one.
-        rule = rules.get(fold_numbers(name)) if info.name.startswith(prefix) and "*" not in name else None
-        if rule is None:
-            raise self._unaccounted(info, "is not accounted for")
-        if not rule.in_layer:
-            return _Match(info, rule)
-        layer = int(name.removeprefix(f"{self.family.layers}.").partition(".")[0])
-        if layer >= layers:
-            raise self._unaccounted(info, f"is in a layer beyond the {layers} of config.json, and not accounted for")
-        return _Match(info, rule, layer)
-
-    def _unaccounted(self, info: TensorInfo, problem: str) -> ArchitectureError:
+    def _unaccounted(self, match: Match) -> ArchitectureError:
+        info = match.info
+        where = "is in a layer that config.json does not count, and" if match.ahead else "is"
         return ArchitectureError(
-            f"tensor {info.name} {list(info.shape)} {problem} in {self.family.model_type} with this config.json: "
-            "it may write to the residual stream, so no edit could be called exact"
+            f"tensor {info.name} {list(info.shape)} {where} not accounted for in {self._model_type}: it may write to "
+            "the residual stream, so no edit could be called exact"
         )
 
-    def _check_complete(self, rules: Mapping[str, Rule], prefix: str, layers: int) -> None:
-        required = [rule for rule in rules.values() if not rule.optional]
-        for name in _expected(required, prefix, layers):
-            if name not in self.tensors:
-                raise ArchitectureError(
-                    f"tensor {name} is missing: {self.family.model_type} with this config.json has it; the checkpoint "
-                    "is incomplete, renamed, or of another architecture"
-                )
+    def _layer_scopes(self) -> list[str]:
+        """What stands before the names of each layer, in order."""
+        scopes = {(m.list, m.layer): m.scope for m in self._matches if m.layer is not None and not m.ahead}
+        return [scopes[key] for key in sorted(scopes)]
 
-    def _head(self, embedding: str) -> tuple[str, bool]:
-        """Name of the head's tensor, stored or as it would be, and whether the head shares the embedding."""
-        stored = [name for name in self.family.heads if name in self.tensors]
-        tied = self.settings[self.family.tied_flag]
-        if not isinstance(tied, bool):
-            raise ArchitectureError(f"config.json has {self.family.tied_flag} = {tied!r}; it must be true or false")
+    def _stored(self, module: str) -> str | None:
+        """On-disk name of a module's weight."""
+        tensors = self._checkpoint.tensors
+        return next((name for name in (f"{module}.weight", module) if name in tensors), None)
+
+    def _order(self, match: Match) -> tuple[int, int, int]:
+        """As a forward pass meets them: the embedding, what is beside the layers, the layers."""
+        if match.info.name == self._account.embedding:
+            return (-1, 0, 0)
+        if match.layer is None:
+            return (2 if match.ahead else 0, 0, 0)
+        return (2 if match.ahead else 1, match.list, match.layer)
+
+    def _writer(self, match: Match) -> Writer:
+        rule, info = match.rule, match.info
+        assert rule is not None
+        axis = next(axis for axis in rule.axes if info.shape[axis] == self._blueprint.hidden_size)
+        gain = gain_path(rule.gain, match.scope, self._stored, self._entry.text.gain_offset)
+        skip = self._boundaries[0]
+        if match.ahead:
+            skip = ()
+        elif match.layer is not None and self._entry.text.skip:
+            skip = self._join(self._scopes.index(match.scope), rule.module)
+        layer = None if match.layer is None else match.layer + sum(self._account.counts[: match.list])
+        return Writer(info.name, rule.kind, axis, layer, gain, skip)
+
+    def _sometimes(self) -> tuple[int, ...]:
+        """Layers that have what the table says only images bring to life."""
+        module = self._entry.text.with_images
+        if module is None:
+            return ()
+        return tuple(
+            i for i, s in enumerate(self._scopes) if any(n.startswith(f"{s}{module}.") for n in self._account.places)
+        )
+
+    def _head(self) -> tuple[str, bool]:
+        """The head's name, stored or as untying would write it, and whether it is a stored copy of a tied one."""
+        stored = [match.info.name for match in self._matches if match.head]
         if len(stored) > 1:
             raise ArchitectureError(f"the weights have two heads, {stored[0]} and {stored[1]}; remove one")
-        if not stored and not tied:
-            raise ArchitectureError(
-                f"tensor {self.family.heads[0]} is missing, and {self.family.tied_flag} is false: this is no model "
-                "that generates text, or its config.json is of another one"
-            )
-        if stored and self.tensors[stored[0]].shape != self.tensors[embedding].shape:
-            shapes = f"{list(self.tensors[stored[0]].shape)}, not {list(self.tensors[embedding].shape)}"
-            raise ArchitectureError(f"the head {stored[0]} has the shape {shapes} as the embedding {embedding}")
-        return (stored or self.family.heads)[0], tied
+        if stored:
+            return stored[0], self._blueprint.tied
+        if self._blueprint.head is None:
+            raise ArchitectureError(f"{self._blueprint.class_name} has no output head: it generates no text")
+        return self._head_name(self._blueprint.head), False
+
+    def _head_name(self, runtime: str) -> str:
+        """An on-disk name that transformers reads the head from."""
+        # "language_model." of "language_model.model.", in front of the head's name as well in older checkpoints
+        tower = self._account.prefix.removesuffix("model.") if self._account.prefix.endswith(".model.") else ""
+        names = [f"{place}{head}.weight" for head in self._entry.text.head for place in (tower, "")]
+        found = self._blueprint.places([*names, runtime])
+        return next((name for name in names if runtime in found[name].parameters), runtime)
+
+    def _untying(self, head: str) -> tuple[tuple[str, str], ...] | None:
+        """What to copy so that the head, and nothing else, stands for itself; see `Plan.untying`."""
+        blueprint, copies = self._blueprint, []
+        assert blueprint.head is not None
+        stored = {name: m.info.name for m in self._matches for name in m.place.parameters}
+        left = blueprint.untied()
+        for alias, first in sorted(blueprint.aliases.items()):
+            if alias in left or (alias in stored and first in stored):
+                continue
+            lone = first if alias in stored else alias
+            if lone.rpartition(".")[0] != blueprint.head.rpartition(".")[0]:
+                return None
+            copies.append((stored[alias if lone == first else first], head if lone == blueprint.head else lone))
+        return tuple(copies)
+
+    def _tied_flags(self) -> tuple[str, ...]:
+        """Where config.json says that the head is tied, or should say that it is not."""
+        towers = [key for key, value in self._checkpoint.config.items() if isinstance(value, dict)]
+        inner = [
+            f"{key}.tie_word_embeddings" for key in towers if "tie_word_embeddings" in self._checkpoint.config[key]
+        ]
+        return ("tie_word_embeddings", *inner)
+
+    def _role(self, match: Match, copied: bool) -> TensorRole:
+        name = match.info.name
+        if match.head and copied:
+            why = "stored copy of the tied embedding; edited with it unless the head is untied"
+            return TensorRole(name, "head", why)
+        if match.head:
+            return TensorRole(name, "head", "reads the stream after the final norm")
+        if match.rule is None:
+            return TensorRole(name, "unknown", "not in the table; nothing in it is as wide as the stream")
+        if narrow(match, self._blueprint.hidden_size):
+            return TensorRole(name, "inside", "narrower than the stream, which it reaches through another tensor")
+        unused = "" if match.place.parameters else " (not used by transformers)"
+        return TensorRole(name, match.rule.role, match.rule.reason + unused)
+
+    def _runtime(self, writers: Sequence[Writer]) -> Runtime:
+        places = self._account.places
+        passed = [step for writer in writers for step in (*writer.gain, *writer.skip)]
+        steps = {step.tensor for step in (*passed, *self._boundaries[0]) if step.tensor}
+        return Runtime(
+            self._blueprint.class_name,
+            tuple(self._layer_modules()),
+            {w.tensor: places[w.tensor].parameters[0] for w in writers if places[w.tensor].parameters},
+            {name: places[name].parameters[0] for name in steps if places[name].parameters},
+        )
+
+    def _layer_modules(self) -> list[str]:
+        """Run-time names of the decoder layers, in order."""
+        found: dict[tuple[int, int], str] = {}
+        for match in self._matches:
+            if match.layer is not None and not match.ahead and match.place.parameters:
+                found.setdefault((match.list, match.layer), _through_number(match.place.parameters[0]))
+        return [found[key] for key in sorted(found)]
 
 
-def _expected(rules: list[Rule], prefix: str, layers: int) -> Iterator[str]:
-    for rule in rules:
-        if not rule.in_layer:
-            yield prefix + rule.name
-    for layer in range(layers):
-        yield from (prefix + rule.name.replace(LAYER, str(layer)) for rule in rules if rule.in_layer)
+def narrow(match: Match, hidden: int) -> bool:
+    """Whether a tensor that usually writes is too narrow here: a narrow embedding, experts in a latent space.
 
-
-def _check_stored(match: _Match, hidden: int) -> None:
-    """Shape and dtype are those that the rule says."""
+    Only where its shape is what transformers expects, or the table says that it may be.
+    """
     rule, info = match.rule, match.info
-    if rule is None or rule.dimensions is None:
-        return
-    if len(info.shape) != rule.dimensions:
-        raise ArchitectureError(
-            f"tensor {info.name} has shape {list(info.shape)}; it should have {rule.dimensions} dimensions"
-        )
-    if rule.axis is not None and info.shape[rule.axis] != hidden:
-        raise ArchitectureError(
-            f"tensor {info.name} has shape {list(info.shape)}; along axis {rule.axis} it should have the width of the "
-            f"stream, {hidden}"
-        )
-    if info.dtype not in EDITABLE:
-        raise ArchitectureError(
-            f"tensor {info.name} is stored as {info.dtype}, and only {', '.join(EDITABLE)} can be edited; convert the "
-            "unquantized original"
-        )
+    if rule is None or rule.role != "writer" or len(info.shape) != rule.dimensions:
+        return False
+    along = [info.shape[axis] for axis in rule.axes]
+    return hidden not in along if rule.narrow else hidden not in info.shape and bool(match.place.parameters)
 
 
-def _writer(match: _Match, prefix: str) -> Writer:
-    rule = match.rule
-    assert rule is not None and rule.axis is not None
-    gain = None
-    if rule.gain is not None:
-        gain = Gain(prefix + rule.gain.tensor.replace(LAYER, str(match.layer)), rule.gain.offset)
-    return Writer(match.info.name, rule.kind, rule.axis, gain, match.layer)
-
-
-def _role(match: _Match, copied: bool) -> TensorRole:
-    if match.rule is not None:
-        return TensorRole(match.info.name, match.rule.role, match.rule.reason)
-    if copied:
-        return TensorRole(
-            match.info.name, "head", "stored copy of the tied embedding; edited with it unless the head is untied"
-        )
-    return TensorRole(match.info.name, "head", "reads the stream after the final norm")
+def _through_number(name: str) -> str:
+    """A name up to its first number."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+    return ".".join(parts[: first + 1])

@@ -1,61 +1,106 @@
-"""The table: families/*.yaml, one entry a model type, made of the parts in parts.yaml.
+"""The table: families/*.yaml, one entry a family of model types, made of the parts in parts.yaml.
 
-An entry has the keys
+It says of every tensor that a released checkpoint holds what it is to the residual stream, by the names that stand on
+disk. What stands before the names ("model.", "model.language_model.", nothing) is left free. Whether a tensor has to be
+there is not said: a checkpoint is held against transformers' own model of its config for that, so that a part may name
+more than one model has.
 
-- `like`: another model type whose entry fills in every key that this one leaves out;
-- `refused`: why this type is not converted (then nothing else);
-- `config`: `hidden` and `layers`, the keys of config.json for width and depth, where they are not the usual ones;
-- `defaults`: what transformers takes for the keys that `bias`, `when` and `refuse` name, and for tie_word_embeddings,
-  where config.json is silent;
-- `refuse`: configs that are not covered, `{key, is or differs_from, why}`;
-- `prefix`, `layers`, `embedding`, `head`: the names' usual prefix, the list of layers, the token embedding's module and
-  what the head's may be;
-- `stem` and `layer`: lists of parts, by name or written out; a later part adds to or overrides an earlier one.
+A part says, of modules by their names,
 
-A part maps module names (`a.{q,k}_proj` stands for both) to what they are: one of `writes: AXIS` and `reads: AXIS` (the
-axis of the weight that has the stream's width), `norm: hidden` or `norm: head`, `ignored: REASON` (there the name is a
-whole tensor's), and beside it `kind` of a writer, `bias` (true or a key of `defaults`), `gain: {norm: MODULE,
-offset: X}` for a writer whose output a norm of the same layer scales by X + weight, and `when` (keys of `defaults`,
-`not KEY`) for modules that not every config has.
+- `writes: {MODULE: KIND}`: its output is added to the stream. A linear weight [hidden, in]: `MODULE.weight`, and
+  `MODULE.bias` where it is stored. Others are `{kind: KIND, axis: A, of: D}`, with the hidden axis and the number of
+  dimensions: 1 of 2 for embeddings and Conv1D, 1 of 3 for experts [experts, hidden, in], 2 of 3 for [experts, in,
+  hidden], [1, 2] where both layouts are released; those may also be stored as MODULE itself;
+- `reads: [MODULE]`: it takes the stream; `norms: [MODULE]`: norms as wide as the stream; `inside: [MODULE]`: the rest
+  of a sublayer. Each covers MODULE and what is directly below it; `MODULE.**` covers everything below it.
+
+`a.{q,k}_proj` stands for both names, `*` for a number. An entry has the keys
+
+- `types`: the model types that share it, as config.json names them; `like`: an entry that fills in what this one leaves
+  out; `when: {KEY: VALUE}`: only for configs that say so, and before entries that say nothing;
+- `layers` (`layers`), `embedding` (`embed_tokens`): where the decoder layers and the token embedding are;
+- `head` (`lm_head`): what the output head is called in released checkpoints, beside or above the prefix;
+- `stem`, `layer`: lists of parts, by name or written out, for tensors outside of layers and in them;
+- `gains: {MODULE: GAIN}`: what stands between a writer's output and the stream: a norm by its name, a list of norms,
+  the one nearest to the stream first, `{norm: NORM, center: true}` for a LayerNorm, `{taps: CONV}` for a depthwise
+  convolution added to its own input. `gain_offset`: added to the weights of norms (1 for Gemma 2 and 3);
+- `skip`: where the skip path itself has gains, what the stream meets in a layer, in order: norms and gains, and the
+  modules whose output is added there;
+- `beyond`: further parts of next-token-prediction layers, which have numbers that config.json does not count; `mtp:
+  {prefix, layers, block, stem}`: where these have a place of their own, at any depth: the list of layers, what stands
+  before the names in a layer, and parts for what is not in a layer;
+- `outside`: modules beside the text tower; `writes`: what brings images or sound into the stream; `tower`: the key of
+  config.json with the text tower's own config, whose model type then finds the entry for the tower;
+- `with_images: MODULE`: layers that have it only run when there is an image;
+- `refused: WHY`: these types are not converted; `inexact: WHY`: their writers are known, but no direction is exact;
+  `refuse: [{key, is, why}]`, `inexact_if: [{key, is, why}]`: configs of which that is so (`set: true`: that say
+  anything at all).
 """
 
-import itertools
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 
 import yaml
 
-from abliterate.architecture.rules import LAYER, Condition, Family, GainRule, Refusal, Rule
-from abliterate.errors import ArchitectureError
+from abliterate.architecture.reader import Part, PartReader, expand, require, steps
+from abliterate.architecture.rules import Ahead, Family, Refusal, Rules, StepRule
 
-Part = Mapping[str, Mapping[str, Any]]
 Entry = Mapping[str, Any]
-_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _ENTRY_KEYS = frozenset(
-    (
+    [
+        "types",
         "like",
-        "refused",
-        "config",
-        "defaults",
-        "refuse",
-        "prefix",
+        "when",
         "layers",
-        "embedding",
         "head",
+        "embedding",
         "stem",
         "layer",
-        "tied_flag",
-    )
+        "gains",
+        "gain_offset",
+        "skip",
+        "beyond",
+        "mtp",
+        "outside",
+        "writes",
+        "tower",
+        "with_images",
+        "refused",
+        "inexact",
+        "refuse",
+        "inexact_if",
+    ]
 )
-_NEEDED = frozenset(("defaults", "prefix", "layers", "embedding", "head", "stem", "layer"))
-_ROLES = ("writes", "reads", "norm", "ignored")
-_MODULE_KEYS = frozenset((*_ROLES, "kind", "bias", "gain", "when"))
+_OVERRIDES = frozenset(("layers", "embedding", "mtp", "beyond"))
 
 
-def load_table() -> dict[str, Family]:
-    """Every family, by model type.
+class Table:
+    """Every family, found by model type and config."""
+
+    def __init__(self, families: Iterable[Family]) -> None:
+        self.families = tuple(families)
+        self._by_type: dict[str, list[Family]] = {}
+        for family in sorted(self.families, key=lambda family: not family.when):
+            for model_type in family.types:
+                self._by_type.setdefault(model_type, []).append(family)
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The model types that have an entry, refused ones too."""
+        return tuple(sorted(self._by_type))
+
+    def find(self, model_type: str, settings: Mapping[str, Any]) -> Family | None:
+        """The entry for a model type; `settings`: its config with transformers' defaults filled in."""
+        choices = self._by_type.get(model_type, [])
+        fits = (f for f in choices if all(settings.get(key) == value for key, value in f.when.items()))
+        return next(fits, None)
+
+
+@functools.cache
+def load_table() -> Table:
+    """The table that comes with the program.
 
     Raises:
         ArchitectureError: an entry is not well formed.
@@ -63,171 +108,98 @@ def load_table() -> dict[str, Family]:
     folder = resources.files("abliterate.architecture")
     parts = yaml.safe_load((folder / "parts.yaml").read_text("utf-8"))
     files = sorted((f for f in (folder / "families").iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    named = [(f.name.removesuffix(".yaml"), yaml.safe_load(f.read_text("utf-8"))) for f in files]
-    return read_table(named, parts)
-
-
-def read_table(files: Sequence[tuple[str, Mapping[str, Entry]]], parts: Mapping[str, Part]) -> dict[str, Family]:
-    """Files of entries, by the family's name, to families by model type; see `load_table`."""
     entries: dict[str, Entry] = {}
-    homes: dict[str, str] = {}
-    for family, found in files:
-        for model_type, entry in found.items():
-            _require(
-                model_type not in entries, f"{model_type} has two entries, in {homes.get(model_type)} and {family}"
-            )
-            _require(set(entry) <= _ENTRY_KEYS, f"{model_type}: unknown keys {sorted(set(entry) - _ENTRY_KEYS)}")
-            entries[model_type], homes[model_type] = entry, family
-    return {
-        model_type: _family(homes[model_type], model_type, _inherited(model_type, entries), parts)
-        for model_type in entries
-    }
+    for file in files:
+        found = yaml.safe_load(file.read_text("utf-8"))
+        twice = sorted(set(found) & set(entries))
+        require(not twice, f"{twice} have two entries, one in {file.name}")
+        entries |= found
+    return read_table(entries, parts)
 
 
-def find_family(model_type: str) -> Family:
-    """The entry of a model type.
+def read_table(entries: Mapping[str, Entry], parts: Mapping[str, Part]) -> Table:
+    """Entries by the family's name; see `load_table`."""
+    families = [read_family(name, _inherited(name, entries), parts) for name in entries]
+    seen: dict[tuple[str, str], str] = {}
+    for family in families:
+        for model_type in family.types:
+            key = (model_type, repr(sorted(family.when.items())))
+            require(key not in seen, f"{model_type} is in {seen.get(key)} and in {family.name}")
+            seen[key] = family.name
+    return Table(families)
+
+
+def read_family(name: str, entry: Entry, parts: Mapping[str, Part]) -> Family:
+    """One entry, with what it is `like` filled in already.
 
     Raises:
-        ArchitectureError: there is none, or it says that the type is not converted.
+        ArchitectureError: it is not well formed.
     """
-    table = load_table()
-    known = ", ".join(sorted(name for name, family in table.items() if family.refused is None))
-    if model_type not in table:
-        raise ArchitectureError(f"model type {model_type} is not in the table of residual writers; supported: {known}")
-    if (why := table[model_type].refused) is not None:
-        raise ArchitectureError(f"model type {model_type} is not supported: {why}")
-    return table[model_type]
-
-
-def expand(name: str) -> list[str]:
-    """`a.{x,y}.b` to `a.x.b` and `a.y.b`."""
-    parts = _CHOICE.split(name)
-    choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
-    return ["".join(pick) for pick in itertools.product(*choices)]
-
-
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise ArchitectureError(f"the table of architectures is damaged: {problem}")
-
-
-def _inherited(model_type: str, entries: Mapping[str, Entry]) -> Entry:
-    """The entry with what `like` fills in."""
-    entry, seen = entries[model_type], {model_type}
-    while (parent := entry.get("like")) is not None:
-        _require(parent in entries and parent not in seen, f"{model_type} is like {parent}, which does not work")
-        seen.add(parent)
-        own = {key: value for key, value in entry.items() if key != "like"}
-        entry = {**entries[parent], **own}
-    return entry
-
-
-def _family(name: str, model_type: str, entry: Entry, parts: Mapping[str, Part]) -> Family:
-    if "refused" in entry:
-        return Family(name, model_type, entry["refused"])
-    _require(set(entry) >= _NEEDED, f"{model_type}: {sorted(_NEEDED - set(entry))} are not there")
-    config = entry.get("config", {})
-    family = Family(
-        name,
-        model_type,
-        None,
-        _tuple(config.get("hidden", "hidden_size")),
-        _tuple(config.get("layers", "num_hidden_layers")),
-        entry["defaults"],
-        entry["prefix"],
-        entry["layers"],
-        f"{entry['embedding']}.weight",
-        tuple(f"{head}.weight" for head in entry["head"]),
-        tuple(_rules(entry, parts, model_type)),
-        tuple(Refusal(r["key"], r["why"], r.get("is"), r.get("differs_from")) for r in entry.get("refuse", ())),
-        entry.get("tied_flag", "tie_word_embeddings"),
+    require(set(entry) <= _ENTRY_KEYS, f"{name}: unknown keys {sorted(set(entry) - _ENTRY_KEYS)}")
+    require(bool(entry.get("types")), f"{name} has no types")
+    gains = {module: steps(gain) for names, gain in entry.get("gains", {}).items() for module in expand(names)}
+    passed = [expanded for item in entry.get("skip", ()) for expanded in _expanded(item)]
+    reader = PartReader(name, parts, gains, [item["norm"] if isinstance(item, Mapping) else item for item in passed])
+    layer = reader.rules(entry.get("layer", ()))
+    mtp = entry.get("mtp")
+    return Family(
+        name=name,
+        types=tuple(entry["types"]),
+        when=entry.get("when", {}),
+        refused=entry.get("refused"),
+        inexact=entry.get("inexact"),
+        layers=_tuple(entry.get("layers", "layers")),
+        embedding=_tuple(entry.get("embedding", "embed_tokens")),
+        head=_tuple(entry.get("head", "lm_head")),
+        stem=reader.rules(entry.get("stem", ())),
+        layer=layer,
+        beyond=reader.rules(entry.get("beyond", ())),
+        ahead=Ahead(mtp["prefix"], mtp["layers"], mtp.get("block", ""), reader.rules(mtp.get("stem", ())))
+        if mtp
+        else None,
+        outside=reader.rules([{"writes": entry.get("writes", {})}], outside=entry.get("outside", ())),
+        tower=entry.get("tower"),
+        with_images=entry.get("with_images"),
+        gain_offset=float(entry.get("gain_offset", 0)),
+        skip=tuple(step for item in passed for step in _skip(item, layer)),
+        refusals=tuple(_refusals(entry)),
+        own=frozenset(_OVERRIDES & set(entry)),
     )
-    _check_family(family)
-    return family
 
 
 def _tuple(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _check_family(family: Family) -> None:
-    """No two rules for one tensor; every key has its default; every gain is a norm of the table."""
-    rules = {rule.folded: rule for rule in family.rules}
-    _require(len(rules) == len(family.rules), f"{family.model_type} has two rules for one tensor")
-    _require(family.embedding in rules, f"{family.model_type} has no rule for its embedding")
-    named = {s.removeprefix("not ") for rule in family.rules for s in rule.present.switches}
-    named |= {refusal.key for refusal in family.refusals} | {"tie_word_embeddings"}
-    missing = sorted(named - set(family.defaults))
-    _require(not missing, f"{family.model_type} says no default for {missing}")
-    gains = {rule.gain.tensor.replace(LAYER, "*") for rule in family.rules if rule.gain}
-    norms = {rule.folded for rule in family.rules if rule.role == "norm" and rule.axis == 0}
-    _require(gains <= norms, f"{family.model_type} has a gain that is no norm of the stream: {sorted(gains - norms)}")
+def _inherited(name: str, entries: Mapping[str, Entry]) -> Entry:
+    """The entry with what `like` fills in."""
+    entry, seen = entries[name], {name}
+    while (parent := entry.get("like")) is not None:
+        require(parent in entries and parent not in seen, f"{name} is like {parent}, which does not work")
+        seen.add(parent)
+        own = {key: value for key, value in entry.items() if key != "like"}
+        inherited = {key: value for key, value in entries[parent].items() if key not in ("types", "when")}
+        entry = {**inherited, **own}
+    return entry
 
 
-def _rules(entry: Entry, parts: Mapping[str, Part], model_type: str) -> Iterator[Rule]:
-    for section, place in (("stem", ""), ("layer", f"{entry['layers']}.{LAYER}.")):
-        for module, facts in _merged(entry[section], parts, model_type).items():
-            _require(set(facts) <= _MODULE_KEYS, f"{model_type}, {module}: unknown keys in {sorted(facts)}")
-            _require(sum(role in facts for role in _ROLES) == 1, f"{model_type}, {module}: needs one of {_ROLES}")
-            _require("kind" in facts or "writes" not in facts, f"{model_type}, {module}: writes, but has no kind")
-            yield from _module_rules(place, module, facts)
+def _refusals(entry: Entry) -> Iterator[Refusal]:
+    for key, inexact in (("refuse", False), ("inexact_if", True)):
+        for item in entry.get(key, ()):
+            yield Refusal(item["key"], item["why"], item.get("is"), "set" in item, inexact)
 
 
-def _merged(section: Sequence[str | Part], parts: Mapping[str, Part], model_type: str) -> dict[str, dict[str, Any]]:
-    """Module names to facts; later parts add to earlier ones."""
-    modules: dict[str, dict[str, Any]] = {}
-    for item in section:
-        _require(not isinstance(item, str) or item in parts, f"{model_type} names a part that is not there: {item}")
-        for names, facts in (parts[item] if isinstance(item, str) else item).items():
-            for module in expand(names):
-                modules[module] = modules.get(module, {}) | dict(facts)
-    return modules
+def _expanded(item: Any) -> Iterator[Any]:
+    """An item of `skip` for every name that it stands for."""
+    if isinstance(item, Mapping):
+        yield from ({**item, "norm": name} for name in expand(item["norm"]))
+    else:
+        yield from expand(str(item))
 
 
-def _module_rules(place: str, module: str, facts: Mapping[str, Any]) -> Iterator[Rule]:
-    """The rules of a module's weight and bias."""
-    name, when = place + module, _tuple(facts.get("when", ()))
-    if "ignored" in facts:
-        yield Rule(name, "outside", facts["ignored"], present=Condition(when), optional=True)
-        return
-    yield _weight_rule(place, name, facts, Condition(when))
-    bias = facts.get("bias", False)
-    if bias is not False:
-        switches = when if bias is True else (*when, bias)
-        yield _bias_rule(place, name, facts, Condition(switches))
-
-
-def _weight_rule(place: str, name: str, facts: Mapping[str, Any], present: Condition) -> Rule:
-    weight = f"{name}.weight"
-    if "writes" in facts:
-        gain = _gain_rule(place, facts)
-        return Rule(weight, "writer", _writes(facts, gain), facts["kind"], facts["writes"], 2, gain, present)
-    if "reads" in facts:
-        return Rule(weight, "reader", "reads the stream, through a norm", "", facts["reads"], 2, present=present)
-    return _norm_rule(weight, facts, present)
-
-
-def _bias_rule(place: str, name: str, facts: Mapping[str, Any], present: Condition) -> Rule:
-    bias = f"{name}.bias"
-    if "writes" in facts:
-        gain = _gain_rule(place, facts)
-        return Rule(bias, "writer", _writes({"kind": f"{facts['kind']} bias"}, gain), "bias", 0, 1, gain, present)
-    if "reads" in facts:
-        return Rule(bias, "reader", "bias inside of a sublayer", "", None, 1, present=present)
-    return _norm_rule(bias, facts, present)
-
-
-def _norm_rule(name: str, facts: Mapping[str, Any], present: Condition) -> Rule:
-    if facts["norm"] == "head":
-        return Rule(name, "norm", "normalises queries or keys head by head", "", None, 1, present=present)
-    return Rule(name, "norm", "normalises the stream for a reader, or a sublayer's output", "", 0, 1, present=present)
-
-
-def _gain_rule(place: str, facts: Mapping[str, Any]) -> GainRule | None:
-    gain = facts.get("gain")
-    return GainRule(f"{place}{gain['norm']}.weight", float(gain["offset"])) if gain else None
-
-
-def _writes(facts: Mapping[str, Any], gain: GainRule | None) -> str:
-    through = f", through {gain.tensor.rpartition('.weight')[0].rpartition('.')[2]}" if gain else ""
-    return f"{facts['kind']}: adds to the stream{through}"
+def _skip(item: Any, layer: Rules) -> Iterator[StepRule | str]:
+    """A norm or gain that the stream passes (a LayerNorm takes the mean off first), or a module that adds to it."""
+    if isinstance(item, Mapping):
+        yield from reversed(steps(item))
+    else:
+        yield item if item in layer.exact else StepRule("scale", item)

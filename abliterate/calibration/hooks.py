@@ -4,13 +4,15 @@ Used to score candidate directions before any weight is edited. Every row of a b
 that many candidates share one forward pass.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from abliterate.calibration.transport import Transport
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -31,13 +33,28 @@ class Steer:
 
 
 NOTHING = Steer()
+STATES = ("hidden_states", "inputs_embeds", "x", "hidden", "input_embeds")
+"""Names that models give the hidden states which a layer takes."""
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a module's input or output, in order, as far as they hold floating-point numbers."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The hidden states in a module's input or output, which may be a tuple that starts with them."""
-    found = value[0] if isinstance(value, tuple | list) else value
-    if not isinstance(found, Tensor):
-        raise TypeError(f"expected hidden states, found {type(found).__name__}")
+    """The hidden states in a module's output, which may be a tuple that starts with them."""
+    found = next(tensors_in(value), None)
+    if found is None:
+        raise TypeError(f"expected hidden states, found {type(value).__name__}")
     return found
 
 
@@ -64,9 +81,13 @@ def on_input(module: nn.Module, transform: Transform) -> Iterator[None]:
     """Applies `transform` to the hidden states that come into the module."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if args:
-            return (transform(first_tensor(args)), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": transform(kwargs["hidden_states"])}
+        for i, value in enumerate(args):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return (*args[:i], transform(value), *args[i + 1 :]), kwargs
+        name = next((key for key in STATES if isinstance(kwargs.get(key), Tensor)), None)
+        if name is None:
+            raise TypeError(f"{type(_module).__name__} takes no hidden states that are known here")
+        return args, kwargs | {name: transform(kwargs[name])}
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -80,11 +101,18 @@ def by_row(hidden: Tensor, rows: int) -> Tensor:
     return hidden.reshape(rows, -1, hidden.shape[-1]) if hidden.dim() == 2 else hidden
 
 
-def ablate(directions: Tensor) -> Transform:
-    """h - (h . r) r for each row. `directions` [rows, hidden]; a zero row leaves its prompt alone."""
+def ablate(directions: Tensor, positionwise: bool = False) -> Transform:
+    """h - (h . r) r for each row.
+
+    Args:
+        directions: [rows, hidden]; a zero row leaves its prompt alone.
+        positionwise: hidden states come as [tokens, hidden], the same for all rows, and leave with a row for each.
+    """
 
     def transform(hidden: Tensor) -> Tensor:
         r = directions.to(hidden.device, hidden.dtype)[:, None, :]
+        if positionwise:
+            return hidden - (hidden * r).sum(-1, keepdim=True) * r
         rows = by_row(hidden, len(directions))
         ablated = rows - (rows * r).sum(-1, keepdim=True) * r
         return ablated.flatten(0, 1) if hidden.dim() == 2 else ablated
@@ -93,10 +121,12 @@ def ablate(directions: Tensor) -> Transform:
 
 
 def add(vectors: Tensor) -> Transform:
-    """h + d for each row. `vectors` [rows, hidden]; a zero row leaves its prompt alone."""
+    """h + d for each row, in every stream of several. `vectors` [rows, hidden]; a zero row leaves its prompt alone."""
 
     def transform(hidden: Tensor) -> Tensor:
-        return hidden + vectors.to(hidden.device, hidden.dtype)[:, None, :]
+        added = vectors.to(hidden.device, hidden.dtype)
+        streams = hidden.reshape(*hidden.shape[:2], -1, added.shape[-1])
+        return (streams + added[:, None, None, :]).reshape(hidden.shape)
 
     return transform
 
@@ -111,6 +141,10 @@ class Stream:
         layers: the decoder layers; `final` is the module that reads the stream after the last of them.
         head: the output embedding, when an ablation must also reach it (as editing a tied embedding does), else None.
         hidden_size: width of the stream.
+        unreached: writers of layers whose output cannot be reached by a hook.
+        positionwise: numbers of writers that put out a row for each position, the same for all prompts.
+        transport: takes directions along the skip path where that has gains; None where r is the same everywhere.
+        sometimes: numbers of layers that only run when there is an image.
     """
 
     writers: tuple[nn.Module, ...]
@@ -118,6 +152,16 @@ class Stream:
     layers: tuple[nn.Module, ...]
     hidden_size: int
     head: nn.Module | None = None
+    unreached: tuple[str, ...] = ()
+    positionwise: frozenset[int] = frozenset()
+    transport: Transport | None = None
+    sometimes: frozenset[int] = frozenset()
+
+    def along(self, directions: Tensor) -> list[Tensor]:
+        """Directions [rows, hidden] at the end of the stream, as each of the writers sees them."""
+        if self.transport is None:
+            return [directions] * len(self.writers)
+        return [self.transport.at_writer(i, directions) for i in range(len(self.writers))]
 
 
 @contextmanager
@@ -127,7 +171,8 @@ def steered(stream: Stream, steers: Sequence[Steer]) -> Iterator[None]:
     with ExitStack() as stack:
         if any(steer.ablate is not None for steer in steers):
             rows = torch.stack([zero if steer.ablate is None else steer.ablate for steer in steers])
-            stack.enter_context(on_output(stream.writers, ablate(rows)))
+            for i, seen in enumerate(stream.along(rows)):
+                stack.enter_context(on_output([stream.writers[i]], ablate(seen, i in stream.positionwise)))
             if stream.head is not None:
                 stack.enter_context(on_input(stream.head, ablate(rows)))
         for layer in sorted({steer.layer for steer in steers if steer.layer is not None}):

@@ -1,7 +1,7 @@
 """From a checkpoint folder to a model in memory, with nothing missing and nothing made up."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from abliterate.architecture.writer import Plan
-from abliterate.calibration.hooks import Stream
 from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.tour import find_stream
 from abliterate.errors import AbliterateError, ArchitectureError, CalibrationError, CheckpointError
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     Raises:
         CalibrationError: there is none, or it cannot be read.
     """
+    # transformers makes empty ones for some model types where there are no files.
+    if not has_tokenizer(folder) and not trust_remote_code:
+        raise CalibrationError(f"no usable tokenizer in {folder}: it has no tokenizer files")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # what the libraries raise for damaged files has no common base
@@ -107,16 +110,17 @@ def load_resident(
     Raises:
         CheckpointError: weights are missing, unexpected, or of the wrong shape.
     """
-    model = _load(folder, device, dtype, trust_remote_code)
+    model = _load(folder, plan, device, dtype, trust_remote_code)
     stream = find_stream(model, plan, tied_head)
     size = batch_size or (16 if device.type == "cpu" else 32)
-    return ResidentModel(model, tokenizer, stream, model.get_output_embeddings(), size)
+    return ResidentModel(model, tokenizer, stream, _head_of(model, plan), size)
 
 
-def _load(folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _load(folder: Path, plan: Plan, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    known = getattr(transformers, plan.runtime.class_name, AutoModelForCausalLM)
     with quiet_transformers():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = known.from_pretrained(
                 folder,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -135,30 +139,11 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_c
     return model.eval().requires_grad_(False).to(device)
 
 
-def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The module that a tensor's on-disk name without its last part stands for, whatever prefix the file uses."""
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    if name in modules:
-        return modules[name]
-    matches = [full for full in modules if full.endswith(f".{name}")]
-    if len(matches) != 1:
-        raise ArchitectureError(f"cannot tell which module {name} is in {type(model).__name__}: {matches[:3]}")
-    return modules[matches[0]]
-
-
-def find_stream(model: nn.Module, plan: Plan, tied_head: bool = False) -> Stream:
-    """The modules that the plan's writers and layers stand for.
-
-    Raises:
-        ArchitectureError: a name of the plan has no module, or the layers are not as many as the config says.
-    """
-    names: dict[str, None] = {}
-    for writer in plan.writers:
-        source = writer.gain.tensor if writer.gain else writer.tensor
-        names[source.rpartition(".")[0]] = None
-    layers = find_module(model, plan.layers_prefix)
-    if not isinstance(layers, nn.ModuleList) or len(layers) != plan.num_layers:
-        raise ArchitectureError(f"{plan.layers_prefix} is not a list of {plan.num_layers} layers")
-    head: Any = model.get_output_embeddings() if tied_head else None  # type: ignore[operator]
-    writers: Sequence[nn.Module] = [find_module(model, name) for name in names]
-    return Stream(tuple(writers), tuple(names), tuple(layers), plan.hidden_size, head)
+def _head_of(model: nn.Module, plan: Plan) -> nn.Module:
+    """The output head; where the model does not own up to it, by its name."""
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        head = next((m for name, m in model.named_modules() if name.endswith("lm_head")), None)
+    if head is None:
+        raise ArchitectureError(f"{plan.runtime.class_name} has no output head: it generates no text")
+    return head

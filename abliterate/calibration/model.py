@@ -4,6 +4,7 @@ Prompts are padded on the right for forward passes (a causal model never looks a
 correction) and on the left for generation.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from abliterate.calibration.hooks import Steer, Stream, on_input, steered
+from abliterate.calibration.tour import failing, run
 from abliterate.errors import CalibrationError
 from abliterate.progress import SILENT, Progress
+
+log = logging.getLogger(__name__)
 
 Tokens = Sequence[int]
 
@@ -49,19 +53,36 @@ def pad(prompts: Sequence[Tokens], device: torch.device, left: bool = False) -> 
 
 
 @contextmanager
-def capture_inputs(layers: Sequence[nn.Module], where: Tensor) -> Iterator[list[Tensor]]:
-    """Collects the input of each layer at `where` [rows, positions]: a list of [rows, positions, hidden]."""
-    taken: list[Tensor] = []
+def capture_inputs(layers: Sequence[nn.Module], where: Tensor, width: int) -> Iterator[dict[int, Tensor]]:
+    """Collects the input of each layer at `where` [rows, positions]: [rows, positions, hidden] by the layer's number.
+
+    Of a layer that runs several times it is the last, of several streams (hyper-connections) their mean.
+    """
+    taken: dict[int, Tensor] = {}
     rows = torch.arange(len(where))[:, None]
 
-    def keep(hidden: Tensor) -> Tensor:
-        taken.append(hidden[rows, where].float().cpu())
+    def keep(number: int, hidden: Tensor) -> Tensor:
+        chosen = hidden[rows, where].float().cpu()
+        taken[number] = chosen.reshape(*where.shape, -1, width).mean(dim=-2)
         return hidden
 
     with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(on_input(layer, keep))
+        for number, layer in enumerate(layers):
+            stack.enter_context(on_input(layer, lambda h, number=number: keep(number, h)))  # type: ignore[misc]
         yield taken
+
+
+def stacked(taken: dict[int, Tensor], layers: int) -> Tensor:
+    """[rows, positions, layers, hidden]; what a layer that did not run would have read is what the next one reads.
+
+    Raises:
+        CalibrationError: no layer ran.
+    """
+    if not taken:
+        raise CalibrationError("no decoder layer of the model ran on the prompts")
+    last = max(taken)
+    found = {i: taken[next((j for j in range(i, last + 1) if j in taken), last)] for i in range(layers)}
+    return torch.stack([found[i] for i in range(layers)], dim=2)
 
 
 @dataclass(frozen=True)
@@ -96,7 +117,7 @@ class ResidentModel:
         """
         longest = max(map(len, prompts), default=0)
         positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        if isinstance(positions, int) and longest > positions:
+        if isinstance(positions, int) and 0 < positions < longest:
             raise CalibrationError(f"a prompt has {longest} tokens, and the model {positions} positions; shorten it")
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         for start in range(0, len(order), self.batch_size):
@@ -113,7 +134,7 @@ class ResidentModel:
         """One batch: logits [prompts, vocabulary] float32 at the last position."""
         lengths = torch.tensor([len(tokens) for tokens in prompts])
         with self.last_position_only(lengths):
-            output = self.model(**pad(prompts, self.device), use_cache=False)
+            output = run(self.model, pad(prompts, self.device) | {"use_cache": False})
         last: Tensor = output.logits[:, -1].float()
         return last
 
@@ -146,9 +167,9 @@ class ResidentModel:
         with ExitStack() as stack:
             stack.enter_context(steered(self.stream, steers))
             layers = self.stream.layers if positions else ()
-            taken = stack.enter_context(capture_inputs(layers, where))
+            taken = stack.enter_context(capture_inputs(layers, where, self.stream.hidden_size))
             logits = self.logits(prompts)
-        return Batch(rows, logits, torch.stack(taken, dim=2) if positions else None)
+        return Batch(rows, logits, stacked(taken, len(self.stream.layers)) if positions else None)
 
     @torch.inference_mode()
     def generate(
@@ -163,12 +184,24 @@ class ResidentModel:
         with progress.bar(description, len(prompts), "prompt") as advance:
             for rows in self.batches(prompts):
                 inputs = pad([prompts[i] for i in rows], self.device, left=True)
-                with self._greedy(max_new_tokens) as plain:
-                    output = self.model.generate(**inputs, generation_config=plain)
+                output = self._generate(inputs, max_new_tokens)
                 for row, tokens in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                     completions[row] = self._until_end(tokens)
                 advance(len(rows))
         return completions
+
+    def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
+        """Greedy token ids [rows, prompt and completion]; without a cache where the architecture's own fails."""
+        with self._greedy(max_new_tokens) as plain:
+            try:
+                with failing(self.model):
+                    output: Tensor = self.model.generate(**inputs, generation_config=plain)
+            except CalibrationError as error:
+                log.info("generating without a cache: %s", error)
+                plain.use_cache = False
+                with failing(self.model):
+                    output = self.model.generate(**inputs, generation_config=plain)
+        return output
 
     @property
     def end_tokens(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ class Certificate:
         tolerance: for the stream.
         text: what ran through the model: chat prompts, plain text, or random tokens where there is no tokenizer.
         strength: of the edit; anything but 1 is never certified.
+        inexact: why no direction is exact on this architecture; None where one is. Never certified either.
     """
 
     writers: tuple[WriterResidual, ...]
@@ -28,11 +29,12 @@ class Certificate:
     tolerance: float
     text: TextKind
     strength: float = 1.0
+    inexact: str | None = None
 
     @property
     def exact(self) -> bool:
         """Whether the edit sets out to remove the direction whole."""
-        return self.strength == 1.0
+        return self.strength == 1.0 and self.inexact is None
 
     @property
     def failed_writers(self) -> tuple[WriterResidual, ...]:
@@ -49,6 +51,8 @@ class Certificate:
         """One sentence that says what was proved."""
         stream, bound = self.stream, self.tolerance
         worst = f"max |h·r|/‖h‖ = {stream.worst:.1e} over {stream.tokens} tokens (tolerance {bound:.1e})"
+        if self.inexact is not None:
+            return f"not exact: {self.inexact}; {worst}"
         if not self.exact:
             return f"not exact: strength {self.strength:g} leaves part of the direction on purpose; {worst}"
         if self.holds:

@@ -1,7 +1,7 @@
 """The certificate's second part: what is left of the direction in the residual stream of the stored weights."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from abliterate.calibration.hooks import by_row, on_input, on_output
 from abliterate.calibration.model import ResidentModel, Tokens, pad
+from abliterate.calibration.tour import run
 from abliterate.progress import SILENT, Progress
 
 
@@ -58,7 +59,11 @@ def _layer_of(name: str) -> int | None:
 
 
 def measure_stream(
-    model: ResidentModel, prompts: Sequence[Tokens], direction: Tensor, progress: Progress = SILENT
+    model: ResidentModel,
+    prompts: Sequence[Tokens],
+    direction: Tensor,
+    progress: Progress = SILENT,
+    pulled: Tensor | None = None,
 ) -> StreamResidual:
     """Runs the prompts and measures the stream.
 
@@ -66,23 +71,61 @@ def measure_stream(
         model: the stored weights, computing in fp32 for a certificate.
         prompts: token ids.
         direction: unit r [hidden].
+        pulled: where the skip path has gains, unit [layers + 1, hidden]: r as it is at the input of each layer, and
+            last at the end.
     """
-    names = [f"layer {i}" for i in range(len(model.stream.layers))] + ["final"]
+    count = len(model.stream.layers)
+    bearings = direction.double().cpu().expand(count + 1, -1) if pulled is None else pulled.double().cpu()
+    names = boundary_names(count)
     ratios: dict[str, float] = {}
     with progress.bar("certificate", len(prompts), "prompt") as advance:
         for rows in model.batches(prompts):
-            _batch(model, [prompts[i] for i in rows], direction, ratios)
+            _batch(model, [prompts[i] for i in rows], bearings, ratios, writers=pulled is None)
             advance(len(rows))
-    # A boundary that nothing came by is not proved clean.
+    # A boundary that nothing came by is not proved clean, unless its layer waits for an image: then the stream goes by.
+    for i in sorted(model.stream.sometimes, reverse=True):
+        ratios.setdefault(names[i], ratios.get(names[i + 1], math.nan))
     layers = tuple(ratios.get(name, math.nan) for name in names)
     return StreamResidual(layers, sum(map(len, prompts)), {name: ratios.get(name, 0.0) for name in model.stream.names})
 
 
+def measure_picture(
+    model: ResidentModel, inputs: Mapping[str, Tensor], direction: Tensor, pulled: Tensor | None = None
+) -> StreamResidual:
+    """The same with a picture: every token is looked at, those that stand for it too.
+
+    Args:
+        inputs: of the model's forward pass, one row.
+    """
+    count = len(model.stream.layers)
+    bearings = direction.double().cpu().expand(count + 1, -1) if pulled is None else pulled.double().cpu()
+    given = {name: value.to(model.device) for name, value in inputs.items()}
+    ratios: dict[str, float] = {}
+    watch = _Watch(torch.ones_like(given["input_ids"], dtype=torch.bool), ratios)
+    with torch.inference_mode(), _watched(model, watch, bearings, pulled is None, sometimes=frozenset()):
+        run(model.model, {**given, "use_cache": False})
+    layers = tuple(ratios.get(name, math.nan) for name in boundary_names(count))
+    return StreamResidual(layers, watch.real.numel(), {n: ratios.get(n, 0.0) for n in model.stream.names})
+
+
+def joined(first: StreamResidual, second: StreamResidual) -> StreamResidual:
+    """The larger of two measurements at every place; NaN wins."""
+    layers = torch.maximum(torch.tensor(first.layers), torch.tensor(second.layers)).tolist()
+    writers = {name: max(value, second.writers.get(name, 0.0)) for name, value in first.writers.items()}
+    return StreamResidual(tuple(layers), first.tokens + second.tokens, writers)
+
+
+def boundary_names(layers: int) -> list[str]:
+    """What the places are called that are looked at: the input of each layer, and the end."""
+    return [*(f"layer {i}" for i in range(layers)), "final"]
+
+
 @torch.inference_mode()
-def _batch(model: ResidentModel, prompts: Sequence[Tokens], direction: Tensor, ratios: dict[str, float]) -> None:
-    inputs = pad(prompts, model.device)
-    real = inputs["attention_mask"].bool()
-    with _watched(model, _Watch(real, direction.double().cpu(), ratios)):
+def _batch(
+    model: ResidentModel, prompts: Sequence[Tokens], bearings: Tensor, ratios: dict[str, float], writers: bool
+) -> None:
+    real = pad(prompts, model.device)["attention_mask"].bool()
+    with _watched(model, _Watch(real, ratios), bearings, writers, model.stream.sometimes):
         model.logits(prompts)
 
 
@@ -91,26 +134,33 @@ class _Watch:
     """Keeps the largest ratio seen under a name; padding is not looked at."""
 
     real: Tensor
-    direction: Tensor
     ratios: dict[str, float]
 
-    def look(self, name: str, hidden: Tensor) -> Tensor:
+    def look(self, name: str, hidden: Tensor, direction: Tensor) -> Tensor:
         rows = by_row(hidden, len(self.real))
-        rows = rows.expand(len(self.real), *rows.shape[1:]) if len(rows) != len(self.real) else rows
-        kept = rows[self.real].cpu().double()
-        ratio = (kept @ self.direction).abs() / kept.norm(dim=-1).clamp_min(1e-30)
+        rows = rows.expand(len(self.real), *rows.shape[1:]) if len(rows) == 1 else rows
+        # Some models put tokens of their own before the prompt, or cut it in blocks: there padding is looked at too.
+        kept = rows[self.real] if rows.shape[:2] == self.real.shape else rows
+        # Hyper-connections carry several streams, side by side or one after another.
+        kept = kept.detach().cpu().double().reshape(-1, len(direction))
+        ratio = (kept @ direction).abs() / kept.norm(dim=-1).clamp_min(1e-30)
         # NaN wins, over what came before and what comes after; `max` of floats would lose it.
         self.ratios[name] = float(torch.stack((ratio.max(), ratio.new_tensor(self.ratios.get(name, 0.0)))).max())
         return hidden
 
 
 @contextmanager
-def _watched(model: ResidentModel, watch: _Watch) -> Iterator[None]:
+def _watched(
+    model: ResidentModel, watch: _Watch, bearings: Tensor, writers: bool, sometimes: Collection[int]
+) -> Iterator[None]:
+    """Looks at every boundary; at what writers put out too, where the direction is one and the same everywhere."""
     stream = model.stream
     with ExitStack() as stack:
         for i, layer in enumerate(stream.layers):
-            stack.enter_context(on_input(layer, lambda h, i=i: watch.look(f"layer {i}", h)))  # type: ignore[misc]
-        stack.enter_context(on_output(stream.layers[-1:], lambda h: watch.look("final", h)))
-        for name, module in zip(stream.names, stream.writers, strict=True):
-            stack.enter_context(on_output([module], lambda h, name=name: watch.look(name, h)))  # type: ignore[misc]
+            stack.enter_context(on_input(layer, lambda h, i=i: watch.look(f"layer {i}", h, bearings[i])))  # type: ignore[misc]
+        last = [layer for i, layer in enumerate(stream.layers) if i not in sometimes][-1:]
+        stack.enter_context(on_output(last, lambda h: watch.look("final", h, bearings[-1])))
+        for name, module in zip(stream.names, stream.writers, strict=True) if writers else ():
+            look = lambda h, name=name: watch.look(name, h, bearings[-1])  # noqa: E731
+            stack.enter_context(on_output([module], look))
         yield

@@ -10,7 +10,7 @@ from torch import Tensor
 from abliterate.architecture.writer import Plan, Writer
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.read import iter_blocks
-from abliterate.edit.edits import projector_of
+from abliterate.edit.edits import Projectors
 
 # DESIGN 3.5: rounding to the storage dtype puts this much back, over the square root of the hidden size.
 WRITER_TOLERANCE = {"BF16": 3e-3, "F16": 4e-4}
@@ -51,13 +51,14 @@ def writer_residuals(
         direction: r [hidden].
         base: the unedited checkpoint, for the figures before.
     """
-    return tuple(_residual(checkpoint, plan, writer, direction, base) for writer in plan.edited)
+    projectors = Projectors(checkpoint, plan.hidden_size, direction)
+    return tuple(_residual(checkpoint, plan, writer, projectors, base) for writer in plan.edited)
 
 
 def _residual(
-    checkpoint: Checkpoint, plan: Plan, writer: Writer, direction: Tensor, base: Checkpoint | None
+    checkpoint: Checkpoint, plan: Plan, writer: Writer, projectors: Projectors, base: Checkpoint | None
 ) -> WriterResidual:
-    covector = projector_of(checkpoint, writer, direction).v
+    covector = projectors.of(writer).v
     dtype = checkpoint.tensors[writer.tensor].dtype
     after = share_along(checkpoint, writer, covector)
     before = share_along(base, writer, covector) if base is not None else None
@@ -66,18 +67,23 @@ def _residual(
 
 
 def share_along(checkpoint: Checkpoint, writer: Writer, covector: Tensor) -> float:
-    """||v.W||_F / (||v|| ||W||_F) along the writer's axis, in fp64; 0 for zeros, NaN for NaN or infinity."""
-    info = checkpoint.tensors[writer.tensor]
+    """||v.W||_F / (||v|| ||W||_F) along the writer's axis, in fp64; 0 for zeros, NaN for NaN or infinity.
+
+    Args:
+        covector: v [hidden], or an orthonormal basis [k, hidden].
+    """
+    info, size = checkpoint.tensors[writer.tensor], 1.0 if covector.dim() > 1 else float(covector.norm())
+    covector = covector.reshape(-1, covector.shape[-1])
     along = torch.zeros((), dtype=torch.float64)
     square, norm = 0.0, 0.0
     for rows, block in iter_blocks(checkpoint.shard_of(writer.tensor), info):
         values = block.double()
         norm += float(values.square().sum())
         if writer.axis == 0:
-            along = along + torch.tensordot(covector[rows], values, dims=1)
+            along = along + torch.tensordot(covector[:, rows], values, dims=1)
         else:
-            square += float(torch.tensordot(values, covector, dims=([writer.axis], [0])).square().sum())
+            square += float(torch.tensordot(values, covector, dims=([writer.axis], [1])).square().sum())
     square += float(along.square().sum())
     if not math.isfinite(norm):
         return math.nan
-    return math.sqrt(square / norm) / float(covector.norm()) if norm != 0 else 0.0
+    return math.sqrt(square / norm) / size if norm != 0 else 0.0

@@ -19,19 +19,20 @@ from abliterate.progress import SILENT, Progress
 
 
 @contextmanager
-def _with_gradients(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collects the modules' outputs as nodes of the gradient graph."""
-    outputs: list[Tensor] = []
+def _with_gradients(modules: Sequence[nn.Module]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Collects the modules' outputs, with the modules' numbers, as nodes of the gradient graph."""
+    outputs: list[tuple[int, Tensor]] = []
 
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def hook(number: int, output: Any) -> Any:
         hidden = first_tensor(output)
         node = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-        outputs.append(node)
+        outputs.append((number, node))
         return replace_first(output, node)
 
     with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_hook(hook).remove)
+        for number, module in enumerate(modules):
+            handle = module.register_forward_hook(lambda _m, _a, out, number=number: hook(number, out))
+            stack.callback(handle.remove)
         yield outputs
 
 
@@ -61,10 +62,11 @@ def first_order_bypass(
 def _batch(prompts: Sequence[Tokens], model: ResidentModel, refusal_tokens: Sequence[int], units: Tensor) -> Tensor:
     with torch.enable_grad(), _with_gradients(model.stream.writers) as outputs:
         score = refusal_score(model.logits(prompts), refusal_tokens).sum()
-        gradients = torch.autograd.grad(score, outputs, allow_unused=True)
+        gradients = torch.autograd.grad(score, [node for _, node in outputs], allow_unused=True)
     change = torch.zeros(len(units), dtype=torch.float64)
-    for output, gradient in zip(outputs, gradients, strict=True):
+    seen = model.stream.along(units)
+    for (number, output), gradient in zip(outputs, gradients, strict=True):
         if gradient is not None:
-            along = (gradient.float() @ units.T) * (output.detach().float() @ units.T)
+            along = (gradient.float() @ seen[number].T) * (output.detach().float() @ seen[number].T)
             change -= along.flatten(0, -2).cpu().double().sum(0)
     return change + score.detach().cpu().double()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from abliterate.calibration.model import ResidentModel, Tokens
+from abliterate.calibration.transport import Transport
 from abliterate.direction.score import refusal_score
 from abliterate.errors import CalibrationError
 from abliterate.progress import SILENT, Progress
@@ -41,14 +42,17 @@ class Directions:
     grid: Tensor
     harmful: Mean
     harmless: Mean
+    transport: Transport | None = None
 
     def vector(self, position: int, layer: int) -> Tensor:
         """The difference of means d [hidden] at a position (-1 is the last) and layer."""
         return self.grid[self.grid.shape[0] + position, layer]
 
     def unit(self, position: int, layer: int) -> Tensor:
-        """The unit direction r [hidden] there."""
+        """The unit direction r [hidden] there, as it is at the end of the stream."""
         vector = self.vector(position, layer).double()
+        if self.transport is not None:
+            vector = self.transport.at_end(layer, vector)
         unit: Tensor = (vector / vector.norm()).float()
         return unit
 
@@ -88,7 +92,7 @@ def mean_hidden(
     return Mean(total / kept, kept, len(prompts))
 
 
-def difference(harmful: Mean, harmless: Mean) -> Directions:
+def difference(harmful: Mean, harmless: Mean, transport: Transport | None = None) -> Directions:
     """d = mean over harmful minus mean over harmless (eq. 1), stored in fp32.
 
     Raises:
@@ -99,4 +103,4 @@ def difference(harmful: Mean, harmless: Mean) -> Directions:
         raise CalibrationError("hidden states are not finite (NaN or infinity); try --dtype float32")
     if float(grid.norm()) <= 1e-6 * float(harmful.value.norm()):
         raise CalibrationError("harmful and harmless prompts give the same hidden states; the two sets must differ")
-    return Directions(grid.float(), harmful, harmless)
+    return Directions(grid.float(), harmful, harmless, transport)

@@ -5,11 +5,12 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from abliterate.architecture.writer import Plan, Writer
+from abliterate.architecture.covector import gain_of, pull_back
+from abliterate.architecture.writer import Path, Plan, Writer
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import DTYPES, TensorInfo
 from abliterate.checkpoint.read import iter_blocks, read_tensor
-from abliterate.edit.projector import Projector, make_projector
+from abliterate.edit.projector import Projector, make_projector, span_projector
 from abliterate.edit.rounding import FEW_BITS, DirectionalRounding, by_size, round_whole, settle
 from abliterate.edit.sums import CovectorSum, tree_sum
 from abliterate.errors import EditError
@@ -33,7 +34,9 @@ class Projection(ABC):
 
     def __init__(self, info: TensorInfo, axis: int, projector: Projector, strength: float, directional: bool) -> None:
         self.info, self.form, self._axis, self._v = info, projector.form, axis, projector.v
-        self._strength, self._u, self._dtype = strength, projector.u * strength, DTYPES[info.dtype]
+        # Experts by the thousand share one projector.
+        self._u = projector.u if strength == 1.0 else projector.u * strength
+        self._strength, self._dtype = strength, DTYPES[info.dtype]
         self._directional = directional and self._dtype in FEW_BITS
         self._working = torch.float32 if self._directional and len(info.shape) > 1 else torch.float64
 
@@ -131,6 +134,53 @@ class StreamedProjection(Projection):
         self._rounding = DirectionalRounding(others, self._dtype, debt=first.debt)
 
 
+class SpanProjection(Projection):
+    """Of a tensor that the stream sees through several covectors, orthonormal [k, hidden]."""
+
+    def __init__(self, info: TensorInfo, axis: int, projector: Projector, strength: float, directional: bool) -> None:
+        super().__init__(info, axis, projector, strength, directional)
+        self._cut = axis == 0 and len(info.shape) > 1
+        self.passes = 1 if self._cut else 0
+        self._rounding: DirectionalRounding | None = None
+        self._forget()
+
+    def measure(self, rows: slice, block: Tensor) -> None:
+        """Adds these rows' part of each v.W."""
+        for total in self._sums:
+            total.add(rows, block.flatten(1))
+
+    def apply(self, rows: slice, block: Tensor) -> Tensor:
+        """See `Projection`."""
+        axis = 0 if self._cut else self._axis
+        moved = block.movedim(axis, 0)
+        columns = moved.reshape(len(moved), -1).contiguous()
+        if not self._cut or rows.start == 0:
+            self._start(columns)
+        part = rows if self._cut else slice(None)
+        target = columns
+        for u, along in zip(self._u, self._alongs, strict=True):
+            target = self._edited(target, u[part, None], along)
+        stored = self._rounding.round(target.float()) if self._rounding else target.to(self._dtype)
+        if not self._cut or rows.stop == self.info.shape[0]:
+            self._forget()
+        return stored.reshape(moved.shape).movedim(0, axis).contiguous()
+
+    def _start(self, columns: Tensor) -> None:
+        """Takes the sums, and what fp32 does not hold of them as the first debt."""
+        if self._cut:
+            self._alongs = [total.total() for total in self._sums]
+        else:
+            self._alongs = [tree_sum(columns.double() * v[:, None]) for v in self._v]
+        if self._directional:
+            left = torch.stack([self._left(along) for along in self._alongs])
+            self._rounding = DirectionalRounding(self._v, self._dtype, debt=left)
+
+    def _forget(self) -> None:
+        """Holds nothing of the tensor; see `StreamedProjection`."""
+        self._sums, self._alongs = [CovectorSum(v) for v in self._v], list[Tensor]()
+        self._rounding = None
+
+
 def projection(
     info: TensorInfo, axis: int, projector: Projector, strength: float = 1.0, directional: bool = True
 ) -> Projection:
@@ -144,21 +194,68 @@ def projection(
     Raises:
         EditError: the tensor does not fit the projector, or its dtype cannot be edited.
     """
-    if not 0 <= axis < len(info.shape) or info.shape[axis] != len(projector.v):
-        raise EditError(f"{info.name} {list(info.shape)} has no axis {axis} of length {len(projector.v)}")
+    if not 0 <= axis < len(info.shape) or info.shape[axis] != projector.v.shape[-1]:
+        raise EditError(f"{info.name} {list(info.shape)} has no axis {axis} of length {projector.v.shape[-1]}")
     if not DTYPES[info.dtype].is_floating_point or DTYPES[info.dtype].itemsize < 2:
         raise EditError(f"{info.name} is stored as {info.dtype}, which cannot be edited")
+    if projector.form == "span":
+        return SpanProjection(info, axis, projector, strength, directional)
     kind = StreamedProjection if axis == 0 and len(info.shape) > 1 else LocalProjection
     return kind(info, axis, projector, strength, directional)
 
 
-def projector_of(checkpoint: Checkpoint, writer: Writer, direction: Tensor) -> Projector:
-    """The projector of a writer; its gain is the stored weight plus the offset, in fp64, as the model takes it."""
-    if writer.gain is None:
-        return make_projector(direction)
-    name = writer.gain.tensor
-    weight = read_tensor(checkpoint.shard_of(name), checkpoint.tensors[name])
-    return make_projector(direction, weight.double() + writer.gain.offset)
+class Projectors:
+    """The projectors of a checkpoint's writers, made once for all writers that the stream sees through the same steps.
+
+    Args:
+        direction: r [hidden], at the end of the stream.
+
+    Raises:
+        EditError: the direction does not fit.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, hidden_size: int, direction: Tensor) -> None:
+        if tuple(direction.shape) != (hidden_size,):
+            raise EditError(
+                f"the direction has shape {list(direction.shape)}; this model's stream is {hidden_size} wide"
+            )
+        self._checkpoint, self._direction = checkpoint, direction
+        self._made: dict[tuple[Path, Path], Projector] = {}
+
+    def of(self, writer: Writer) -> Projector:
+        """The projector of a writer; gains are the stored weights plus their offset, in fp64, as the model has them."""
+        key = (writer.skip, writer.gain)
+        if key not in self._made:
+            self._made[key] = self._make(*key)
+        return self._made[key]
+
+    def along(self, path: Path) -> Tensor:
+        """The direction pulled back through a path: unit covectors [k, hidden] fp64."""
+        r = self._direction.double()[None]
+        return pull_back(r, path, self._read)
+
+    def boundaries(self, plan: Plan) -> Tensor | None:
+        """r at each layer's input and at the end of the stream, [layers + 1, hidden]; None where it is the same."""
+        if not plan.boundaries:
+            return None
+        return torch.cat([self.along(path) for path in plan.boundaries])
+
+    def _make(self, skip: Path, gain: Path) -> Projector:
+        covector = self.along(skip)
+        if all(step.kind == "scale" for step in gain):
+            return make_projector(covector[0], self._gain(gain))
+        return span_projector(pull_back(covector, gain, self._read))
+
+    def _gain(self, gain: Path) -> Tensor | None:
+        product: Tensor | None = None
+        for step in gain:
+            assert step.tensor is not None
+            g = gain_of(step, self._read(step.tensor))
+            product = g if product is None else product * g
+        return product
+
+    def _read(self, name: str) -> Tensor:
+        return read_tensor(self._checkpoint.shard_of(name), self._checkpoint.tensors[name])
 
 
 def build_edits(
@@ -175,21 +272,16 @@ def build_edits(
     Raises:
         EditError: the direction does not fit, or a stored copy of the tied head differs from the embedding.
     """
-    if tuple(direction.shape) != (plan.hidden_size,):
-        raise EditError(
-            f"the direction has shape {list(direction.shape)}; this model's stream is {plan.hidden_size} wide"
-        )
+    projectors = Projectors(checkpoint, plan.hidden_size, direction)
     edits = {
-        writer.tensor: projection(
-            checkpoint.tensors[writer.tensor], writer.axis, projector_of(checkpoint, writer, direction), strength
-        )
+        writer.tensor: projection(checkpoint.tensors[writer.tensor], writer.axis, projectors.of(writer), strength)
         for writer in plan.writers
     }
     if plan.head_copy:
         _check_copy(checkpoint, plan)
-    if plan.head_copy and not untie:
-        axis = next(writer.axis for writer in plan.writers if writer.tensor == plan.embedding)
-        edits[plan.head] = projection(checkpoint.tensors[plan.head], axis, make_projector(direction), strength)
+    edited = plan.embedding_writer
+    if plan.head_copy and not untie and edited is not None:
+        edits[plan.head] = projection(checkpoint.tensors[plan.head], edited.axis, projectors.of(edited), strength)
     return edits
 
 
@@ -201,6 +293,6 @@ def _check_copy(checkpoint: Checkpoint, plan: Plan) -> None:
     if not same_type or not all(torch.equal(a[1], b[1]) for a, b in zip(*streams, strict=True)):
         raise EditError(
             f"config.json ties the head to the embedding, but {plan.head} is stored and differs from {plan.embedding}: "
-            f"programs disagree on which one counts. Set {plan.tied_flag} to false in config.json to keep both, or "
+            f"programs disagree on which one counts. Set {plan.tied_flags[0]} to false in config.json to keep both, or "
             f"remove {plan.head}"
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from abliterate.errors import EditError
 
-Form = Literal["plain", "oblique", "orthogonal"]
+Form = Literal["plain", "oblique", "orthogonal", "span"]
 # An entry of the gain below this share of its root mean square makes r / g large there: the oblique form would then put
 # a large change into few rows, and the orthogonal form is the better one.
 SMALL_GAIN = 1e-2
@@ -21,7 +21,8 @@ class Projector:
 
     Attributes:
         u: [hidden] fp64, what is subtracted. `v`: [hidden] fp64, the covector that is measured; v.u = 1.
-        form: plain (u = v = r), oblique (u = r/g, v = g*r), or orthogonal (u = v = normalize(g*r)).
+        form: plain (u = v = r), oblique (u = r/g, v = g*r), orthogonal (u = v = normalize(g*r)), or span (u = v = an
+            orthonormal basis [k, hidden] of several covectors, all of which go).
     """
 
     u: Tensor
@@ -55,3 +56,23 @@ def make_projector(direction: Tensor, gain: Tensor | None = None) -> Projector:
         return Projector(v, v, "orthogonal")
     u = torch.where(matters, r / torch.where(matters, g, 1.0), 0.0)
     return Projector(u, v, "oblique")
+
+
+def span_projector(covectors: Tensor) -> Projector:
+    """The projector for a writer that the stream sees through several covectors.
+
+    Args:
+        covectors: [k, hidden].
+
+    Raises:
+        EditError: one of them is zero or not finite.
+    """
+    norms = covectors.double().norm(dim=-1, keepdim=True)
+    if not bool(torch.isfinite(norms).all()) or not bool((norms > 0).all()):
+        raise EditError("a covector is zero or not finite")
+    if len(covectors) == 1:
+        v = (covectors.double() / norms)[0]
+        return Projector(v, v, "orthogonal")
+    left, sizes, _ = torch.linalg.svd((covectors.double() / norms).T, full_matrices=False)
+    basis = left[:, sizes > sizes[0] * 1e-10].T.contiguous()
+    return Projector(basis, basis, "span")

@@ -34,46 +34,60 @@ class DirectionalRounding:
     """Rounds rows in their order; large entries of v should come early, for the last rows' debt is paid by none.
 
     Args:
-        covector: v of these rows, in this order; rows where it is 0 are rounded to the nearest.
+        covector: v of these rows, in this order; rows where it is 0 are rounded to the nearest. Several, orthonormal,
+            come as [k, rows]: each has a debt of its own, and rows pay all of them.
         dtype: to round to.
         energy: sum of squares of v over rows that come later, elsewhere.
-        debt: [n], of rows that were rounded before.
+        debt: [n], of rows that were rounded before; [k, n] for several.
     """
 
     def __init__(self, covector: Tensor, dtype: torch.dtype, energy: float = 0.0, debt: Tensor | None = None) -> None:
-        self._v = covector.float()[:, None]
-        self._ends = _group_ends(len(covector))
-        self._shares = _shares(covector.double(), self._ends, energy)
+        covectors = covector.reshape(-1, covector.shape[-1])
+        self._several = covector.dim() > 1
+        self._v = covectors.float()[:, :, None]
+        self._ends = _group_ends(covectors.shape[1])
+        self._shares = torch.stack([_shares(v.double(), self._ends, energy) for v in covectors])
         limits = torch.finfo(dtype)
         self._dtype, self._step, self._least = dtype, limits.eps, limits.smallest_normal * limits.eps
-        self._next, self._group, self._owed = 0, 0, list[Tensor]()
-        self.debt = debt
+        self._next, self._group = 0, 0
+        self._owed: list[list[Tensor]] = [[] for _ in covectors]
+        self._debts = None if debt is None else debt.reshape(len(covectors), -1)
+
+    @property
+    def debt(self) -> Tensor | None:
+        """What the roundings so far have put in along v: [n], or [k, n]."""
+        return self._debts if self._debts is None or self._several else self._debts[0]
 
     def round(self, target: Tensor) -> Tensor:
         """The next rows in the dtype; `target` [rows, n] is what they should be, in fp32."""
-        if self.debt is None:
-            self.debt = target.new_zeros(target.shape[1])
+        debts = self._debts if self._debts is not None else target.new_zeros(len(self._v), target.shape[1])
         rounded, first = torch.empty_like(target, dtype=self._dtype), 0
         while first < len(target):
             last = min(len(target), first + self._ends[self._group] - self._next)
-            rounded[first:last] = self._part(target[first:last], self.debt)
+            rounded[first:last], debts = self._part(target[first:last], debts)
             first = last
+        self._debts = debts
         return rounded
 
-    def _part(self, target: Tensor, debt: Tensor) -> Tensor:
-        """Rounds rows of one group; when they complete it, the debt is settled."""
+    def _part(self, target: Tensor, debts: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounds rows of one group; when they complete it, the debts are settled."""
         rows = slice(self._next, self._next + len(target))
         size = target.abs()
         # A step of the subnormal grid at least, but nothing leaves 0.
         limit = torch.maximum(size * self._step, size.clamp_max_(self._least))
-        shift = (debt * self._shares[rows]).clamp_(min=-limit, max=limit)
-        rounded = (target - shift).to(self._dtype)
-        self._owed.append(rounded.float().sub_(target).mul_(self._v[rows]))
+        shift = debts[0] * self._shares[0, rows]
+        for debt, share in zip(debts[1:], self._shares[1:, rows], strict=True):
+            shift += debt * share
+        rounded = (target - shift.clamp_(min=-limit, max=limit)).to(self._dtype)
+        wrong = rounded.float().sub_(target)
+        for owed, v in zip(self._owed, self._v, strict=True):
+            owed.append(wrong * v[rows])
         self._next = rows.stop
         if self._next == self._ends[self._group]:
-            self.debt = debt + tree_sum(torch.cat(self._owed) if len(self._owed) > 1 else self._owed[0])
-            self._owed, self._group = [], self._group + 1
-        return rounded
+            sums = [tree_sum(torch.cat(owed) if len(owed) > 1 else owed[0]) for owed in self._owed]
+            debts = debts + torch.stack(sums)
+            self._owed, self._group = [[] for _ in self._owed], self._group + 1
+        return rounded, debts
 
 
 def _group_ends(rows: int) -> list[int]:

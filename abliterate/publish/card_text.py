@@ -41,7 +41,12 @@ def _notices(manifest: Manifest) -> str:
     """What must be read before anything else: a failed certificate, a partial edit, a relaxed selection."""
     certificate, selection = manifest["certificate"], manifest["selection"]
     strength, notices = manifest["edit"]["strength"], []
-    if strength != 1:
+    if manifest["edit"].get("inexact"):
+        notices.append(
+            f"> **The edit is not exact, and on this architecture cannot be:** {plain(manifest['edit']['inexact'])}. "
+            f"Nothing is certified: {plain(claim_of(certificate))}."
+        )
+    elif strength != 1:
         notices.append(
             f"> **The edit is not exact.** Strength {strength:g} leaves a component along the direction in the weights "
             "on purpose, and nothing is certified."
@@ -66,7 +71,7 @@ def _statement(manifest: Manifest, inherited: Inherited) -> str:
         named = link(base["id"], f"https://huggingface.co/{base['id']}")
     origin = ", ".join(link(model, f"https://huggingface.co/{model}") for model in inherited.base_models)
     came = f" (a local model, made from {origin})" if origin and base["source"] == "local" else ""
-    whole = manifest["edit"]["strength"] == 1 and manifest["certificate"]["holds"]
+    whole = manifest["certificate"]["holds"]
     done = "with its refusal direction removed" if whole else "edited along its refusal direction"
     how = (
         "projected out of the stored weights, so that no layer can use it"
@@ -144,7 +149,8 @@ def _how_measured(edited: Manifest) -> str:
 
 def _certificate(manifest: Manifest) -> dict[str, str]:
     certificate, stream = manifest["certificate"], manifest["certificate"]["stream"]
-    failed = "Does not hold" if manifest["edit"]["strength"] == 1 else "Not exact"
+    exact = manifest["edit"]["strength"] == 1 and not manifest["edit"].get("inexact")
+    failed = "Does not hold" if exact else "Not exact"
     text = f"**{'Holds' if certificate['holds'] else failed}:** {plain(claim_of(certificate))}."
     rows = [_worst_row(manifest)]
     if stream is None:

@@ -9,8 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from abliterate.architecture.writer import Gain, Plan, Writer
+from abliterate.architecture.writer import Path, Plan, Writer
 from abliterate.publish.figures import fold, ranges, sizes
+
+_COUNTED = ("writer", "reader", "norm", "head")
+"""Roles that have a plural."""
 
 
 class _Stored(Protocol):
@@ -56,7 +59,25 @@ def plan_table(plan: Plan, sizes_of: Mapping[str, int] | None = None) -> Rendera
     kept: list[RenderableType] = (
         [_kept(plan, sizes_of), space] if any(tensor.role != "writer" for tensor in plan.roles) else []
     )
-    return Group(Text(title, "bold"), space, _edited(plan, sizes_of), space, *kept, _total(plan, sizes_of))
+    parts = [Text(title, "bold"), *_notices(plan), space, _edited(plan, sizes_of), space, *kept, _total(plan, sizes_of)]
+    return Group(*parts)
+
+
+def _notices(plan: Plan) -> list[Text]:
+    """What has to be known before the tables are read."""
+    notices = []
+    if plan.inexact:
+        notices.append(Text(f"not exact: {plan.inexact}", "bold red"))
+    if plan.probed:
+        notices.append(Text("not in the table: its writers were found by gradients on a tiny twin", "yellow"))
+    if plan.boundaries:
+        notices.append(Text("the stream passes gains: the direction is pulled back layer by layer"))
+    if plan.sometimes:
+        notices.append(Text(f"layers {ranges(plan.sometimes)} only run when there is an image"))
+    unknown = [tensor.name for tensor in plan.roles if tensor.role == "unknown"]
+    if unknown:
+        notices.append(Text(f"not in the table, kept as they are: {', '.join(unknown)}", "yellow"))
+    return notices
 
 
 def _edited(plan: Plan, sizes_of: Mapping[str, int] | None) -> Table:
@@ -67,7 +88,7 @@ def _edited(plan: Plan, sizes_of: Mapping[str, int] | None) -> Table:
     for (pattern, kind, axis, gain), writers in groups.items():
         label = Text(pattern)
         note(label, _missing_layers(writers, plan.num_layers))
-        note(label, gain and f"oblique, gain {gain}")
+        note(label, gain and f"gain {gain}")
         cells = [kind, str(axis), str(len(writers)), *_size([w.tensor for w in writers], sizes_of)]
         table.add_row(label, *map(Text, cells))
     return table
@@ -103,12 +124,11 @@ def note(label: Text, text: str) -> None:
         label.append(f"\n  {text}", "dim")
 
 
-def _gain(gain: Gain | None) -> str:
-    """Of the norm that follows, named within its layer."""
-    if gain is None:
-        return ""
-    name = fold(gain.tensor).rpartition(".N.")[2]
-    return f"{gain.offset:g} + {name}" if gain.offset else name
+def _gain(gain: Path) -> str:
+    """Of the norms that follow, named within their layer."""
+    named = [(step, fold(step.tensor).rpartition(".N.")[2]) for step in gain if step.tensor]
+    product = " * ".join(f"({step.offset:g} + {name})" if step.offset else name for step, name in named)
+    return product + (", less the mean over channels" if any(step.kind == "center" for step in gain) else "")
 
 
 def _missing_layers(writers: Sequence[Writer], layers: int) -> str:
@@ -124,7 +144,7 @@ def _size(names: Sequence[str], sizes_of: Mapping[str, int] | None) -> list[str]
 def _total(plan: Plan, sizes_of: Mapping[str, int] | None) -> Text:
     counts = Counter(tensor.role for tensor in plan.roles)
     parts = ", ".join(
-        f"{count} {role}{'s' if count > 1 and role != 'outside' else ''}" for role, count in counts.items()
+        f"{count} {role}{'s' if count > 1 and role in _COUNTED else ''}" for role, count in counts.items()
     )
     size = "" if sizes_of is None else f", {sizes(sum(sizes_of.values()))}"
     return Text(f"{len(plan.roles)} tensors{size}: {parts}")

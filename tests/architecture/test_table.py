@@ -1,218 +1,370 @@
 """The table as shipped, and how strictly it is read."""
 
 import copy
-from collections.abc import Callable
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import yaml
 
-from abliterate.architecture.rules import Condition, GainRule, Refusal, Rule, fold_numbers
-from abliterate.architecture.table import expand, find_family, load_table, read_table
+from abliterate.architecture.paths import skip_paths
+from abliterate.architecture.reader import expand
+from abliterate.architecture.rules import Ahead, Family, Refusal, Rules, StepRule
+from abliterate.architecture.table import load_table, read_family, read_table
 from abliterate.errors import ArchitectureError
 from tests import pico
 
-PARTS: dict[str, Any] = {"mlp": {"mlp.{gate,up}": {"reads": 1}, "mlp.down": {"writes": 0, "kind": "mlp"}}}
+PARTS: dict[str, Any] = {"mlp": {"reads": ["mlp.{gate,up}"], "writes": {"mlp.down": "mlp"}}}
 ENTRY: dict[str, Any] = {
-    "defaults": {"tie_word_embeddings": False, "has_bias": False},
-    "prefix": "model.",
-    "layers": "layers",
-    "embedding": "embed",
-    "head": ["lm_head"],
-    "stem": [{"embed": {"writes": 1, "kind": "embedding"}, "norm": {"norm": "hidden"}}],
-    "layer": ["mlp", {"mlp.down": {"bias": "has_bias"}, "after": {"norm": "hidden"}}],
+    "types": ["a"],
+    "stem": [{"writes": {"embed_tokens": {"kind": "embedding", "axis": 1}}, "norms": ["norm"]}],
+    "layer": ["mlp", {"norms": ["before", "after"]}],
 }
+SHIPPED = load_table()
 
 
-def rules(entry: dict[str, Any], **others: Any) -> dict[str, Rule]:
-    return {rule.name: rule for rule in read_table([("f", {"a": entry, **others})], PARTS)["a"].rules}
+def named(family: Family) -> str:
+    return family.name
 
 
-def test_the_shipped_table() -> None:
-    table = load_table()
-    assert {name for name, family in table.items() if family.refused is None} == set(pico.FAMILIES)
-    assert {name for name, family in table.items() if family.refused} == {"gemma3"}
-    for name, family in table.items():
-        if family.refused:
-            continue
-        assert family.model_type == name
-        by_name = {rule.name: rule for rule in family.rules}
-        assert by_name[family.embedding].axis == 1
-        for rule in family.rules:
-            assert rule.reason and rule.optional is (rule.role == "outside")
-            assert (rule.role == "writer") is (rule.kind != "")
-            assert rule.role != "writer" or rule.axis in (0, 1)
-            assert rule.gain is None or (rule.role == "writer" and by_name[rule.gain.tensor].role == "norm")
-        assert all(refusal.why for refusal in family.refusals)
+each = pytest.mark.parametrize("family", SHIPPED.families, ids=named)
+with_decoder = pytest.mark.parametrize(
+    "family", [f for f in SHIPPED.families if f.refused is None and f.tower is None], ids=named
+)
 
 
-def test_only_gemma_has_gains() -> None:
-    with_gain = {name: {r.gain.offset for r in family.rules if r.gain} for name, family in load_table().items()}
-    assert {name: offsets for name, offsets in with_gain.items() if offsets} == {"gemma2": {1.0}, "gemma3_text": {1.0}}
+@functools.cache
+def shipped() -> Mapping[str, Mapping[str, Any]]:
+    """The entries as they are written, by name; `like` not followed."""
+    folder = resources.files("abliterate.architecture") / "families"
+    read = [yaml.safe_load(f.read_text("utf-8")) for f in sorted(folder.iterdir(), key=str) if f.name.endswith(".yaml")]
+    entries = {name: entry for content in read for name, entry in content.items()}
+    assert len(entries) == sum(map(len, read))
+    return entries
 
 
-def test_find_family() -> None:
-    assert find_family("mistral").name == "llama"
-    with pytest.raises(ArchitectureError, match=r"model type rwkv is not in the table .*; supported: gemma2, gemma3_t"):
-        find_family("rwkv")
-    with pytest.raises(ArchitectureError, match="model type gemma3 is not supported: it is multimodal"):
-        find_family("gemma3")
+def whole(name: str, key: str) -> Any:
+    """What an entry says, or the one that it is like."""
+    entry = shipped()[name]
+    return entry[key] if key in entry else whole(entry["like"], key) if "like" in entry else None
+
+
+def sections(family: Family) -> Iterator[tuple[str, Rules]]:
+    yield "stem", family.stem
+    yield "layer", family.layer
+    yield "beyond", family.beyond
+    yield "outside", family.outside
+    if family.ahead is not None:
+        yield "ahead", family.ahead.stem
+
+
+def test_every_entry_is_read() -> None:
+    assert {family.name for family in SHIPPED.families} == set(shipped())
+    assert len(SHIPPED.families) > 100 and len(SHIPPED.types) > 300
+    assert set(pico.FAMILIES) | set(pico.OTHERS) <= set(SHIPPED.types)
+
+
+def test_every_model_type_is_in_one_entry_for_each_condition() -> None:
+    counts = Counter((t, repr(sorted(f.when.items()))) for f in SHIPPED.families for t in f.types)
+    assert set(counts.values()) == {1}
+    conditional = {t for f in SHIPPED.families if f.when for t in f.types}
+    assert conditional and all((t, "[]") in counts for t in conditional)
+    assert set(SHIPPED.types) == {t for t, _ in counts}
+
+
+@each
+def test_an_entry_is_whole(family: Family) -> None:
+    assert family.types and all(isinstance(t, str) and t for t in family.types)
+    assert family.layers and family.embedding and family.head
+    assert all(refusal.why and refusal.key for refusal in family.refusals)
+    if family.refused is not None:
+        assert family.refused and family.stem == family.layer == family.outside == Rules()
+    elif family.tower is not None:
+        assert family.stem == family.layer == Rules() and family.skip == () and family.gain_offset == 0
+    else:
+        assert family.layer.exact and family.stem.exact
+        assert any(family.stem.find(f"{name}.weight") for name in family.embedding)
+
+
+@each
+def test_rules_are_well_formed(family: Family) -> None:
+    for _, rules in sections(family):
+        for rule in (*rules.exact.values(), *rules.modules.values(), *rules.trees.values()):
+            assert rule.reason and rule.module
+            assert (rule.role == "writer") is (rule.kind != "") is bool(rule.axes)
+            if rule.role == "writer":
+                assert rule.dimensions is not None and all(0 <= axis < rule.dimensions for axis in rule.axes)
+            else:
+                assert rule.gain == () and not rule.narrow
+        assert all(rule.role == "writer" for rule in rules.exact.values())
+        assert not any(rule.role == "writer" for rule in (*rules.modules.values(), *rules.trees.values()))
+        assert not any("{" in name or "," in name or " " in name for name in (*rules.exact, *rules.modules))
+
+
+@with_decoder
+def test_the_token_embedding_is_written_along_its_second_axis(family: Family) -> None:
+    for name in family.embedding:
+        rule = family.stem.find(f"{name}.weight")
+        assert rule is not None and rule.role in ("writer", "inside")
+        assert rule.role == "inside" or (rule.kind, rule.axes, rule.dimensions) == ("embedding", (1,), 2)
+        assert rule.role == "writer" or any(r.kind == "embedding" for r in family.stem.exact.values())
+
+
+@each
+def test_gains_name_norms_that_the_entry_has(family: Family) -> None:
+    for place, rules in sections(family):
+        for rule in rules.exact.values():
+            for step in rule.gain:
+                if step.kind == "center":
+                    assert step.module is None
+                    continue
+                assert step.module is not None
+                stands = rules.find(f"{step.module}.weight")
+                if place == "outside":  # the tower's own name, before these, may be what is listed
+                    assert stands is None or stands.role == "outside"
+                    continue
+                assert stands is not None, f"{step.module}, behind {rule.module} in {place}"
+                assert stands.role == ("inside" if step.kind == "taps" else "norm")
+
+
+@each
+def test_the_bias_of_a_layer_norm_behind_a_writer_is_a_writer(family: Family) -> None:
+    """It is added to the stream as it is."""
+    for place, rules in sections(family):
+        for rule in rules.exact.values():
+            for step, then in itertools.pairwise((*rule.gain, None)):
+                if step is not None and step.module is not None and then == StepRule("center"):
+                    bias = rules.find(f"{step.module}.bias")
+                    assert bias is not None and bias.role == "writer", f"{step.module}.bias, in {place}"
+
+
+@each
+def test_every_gain_is_some_writer_s(family: Family) -> None:
+    wanted = {module for names in shipped()[family.name].get("gains", {}) for module in expand(names)}
+    gained = {rule.module for _, rules in sections(family) for rule in rules.exact.values() if rule.gain}
+    norms = {step.module for _, rules in sections(family) for rule in rules.exact.values() for step in rule.gain}
+    inherited = {module for names in whole(family.name, "gains") or {} for module in expand(names)}
+    assert wanted <= gained <= inherited | norms
+
+
+@each
+def test_every_skip_item_is_a_writer_or_a_norm_of_the_layer(family: Family) -> None:
+    wanted = whole(family.name, "skip") or []
+    assert bool(wanted) is bool(family.skip)
+    for step in family.skip:
+        if isinstance(step, str):
+            assert family.layer.exact[step].role == "writer"
+        elif step.module is not None:
+            assert step.kind == "scale" and family.layer.modules[step.module].role == "norm"
+        else:
+            assert step.kind == "center"
+
+
+FOR_OTHERS = {
+    "opt_350m": {"encoder_attn.out_proj"},
+    "minimax": {"self_attn.to_out", "block_sparse_moe.shared_experts.down_proj"},
+    "doge": {"self_attn.to_out"},
+    "zaya": {"post_attention_residual_scale.hidden_states_scale", "post_mlp_residual_scale.hidden_states_scale"},
+}
+"""Writers that come with a part or as the bias of a norm, and that no model of the entry has."""
+
+
+@pytest.mark.parametrize("family", [f for f in SHIPPED.families if f.skip], ids=named)
+def test_a_skip_path_says_where_every_writer_of_a_layer_adds(family: Family) -> None:
+    _, join = skip_paths(family.skip, ["l.0.", "l.1."], lambda module: f"{module}.weight", family.gain_offset)
+    others = FOR_OTHERS.get(family.name, set())
+    for rule in family.layer.exact.values():
+        if rule.module not in others:
+            assert len(join(1, rule.module)) < len(join(0, rule.module))
+    for module in others:
+        assert module in {rule.module for rule in family.layer.exact.values()}
+        with pytest.raises(ArchitectureError, match=f"skip does not say where {module} adds"):
+            join(0, module)
+
+
+def test_only_gemma_s_gains_have_an_offset() -> None:
+    assert {f.name for f in SHIPPED.families if f.gain_offset} == {"gemma2"}
+    (gemma,) = [f for f in SHIPPED.families if f.name == "gemma2"]
+    assert gemma.gain_offset == 1 and {"gemma2", "gemma3_text"} <= set(gemma.types)
 
 
 @pytest.mark.parametrize(
-    ("name", "names"),
+    ("model_type", "settings", "name"),
     [
-        ("a.b", ["a.b"]),
-        ("a.{x,y}.b", ["a.x.b", "a.y.b"]),
-        ("{a,b}{c,d}", ["ac", "ad", "bc", "bd"]),
-        ("{N}.{x,y}", ["{N}.x", "{N}.y"]),
-        ("{x,}y", ["xy", "y"]),
+        ("mistral", {}, "llama"),
+        ("phi3", {}, "llama"),
+        ("gemma3_text", {}, "gemma2"),
+        ("opt", {}, "opt"),
+        ("opt", {"do_layer_norm_before": True}, "opt"),
+        ("opt", {"do_layer_norm_before": False}, "opt_350m"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "bloom_post_norm"),
+        ("gemma3", {}, "gemma3"),
     ],
 )
-def test_expand(name: str, names: list[str]) -> None:
-    assert expand(name) == names
+def test_find(model_type: str, settings: Mapping[str, Any], name: str) -> None:
+    found = SHIPPED.find(model_type, settings)
+    assert found is not None and found.name == name
 
 
-@pytest.mark.parametrize(
-    ("name", "folded"),
-    [
-        ("layers.0.a", "layers.*.a"),
-        ("layers.12.a.3", "layers.*.a.*"),
-        ("1.a", "*.a"),
-        ("7", "*"),
-        ("layers.01.a", "layers.01.a"),
-        ("ln_1.weight", "ln_1.weight"),
-        ("layers.-1.a", "layers.-1.a"),
-        ("layers.1e3.a", "layers.1e3.a"),
-        ("layers. 1.a", "layers. 1.a"),
-        ("layers.١.a", "layers.١.a"),
-        ("layers.1١.a", "layers.1١.a"),
-        ("a.0.1.b", "a.*.*.b"),
-        ("layers.1234567890.a", "layers.1234567890.a"),
-    ],
-)
-def test_fold_numbers(name: str, folded: str) -> None:
-    assert fold_numbers(name) == folded
+def test_a_type_that_is_not_there() -> None:
+    assert SHIPPED.find("strange", {}) is None and SHIPPED.find("", {}) is None
+    rwkv = SHIPPED.find("rwkv", {})
+    assert rwkv is not None and rwkv.refused
 
 
-@given(st.integers(0, 10**9 - 1))
-def test_a_folded_layer_is_the_rule_of_all_layers(layer: int) -> None:
-    rule = Rule("layers.{N}.mlp.down_proj.weight", "writer", "")
-    assert fold_numbers(rule.name.replace("{N}", str(layer))) == rule.folded
+def family(entry: Mapping[str, Any], **changes: Any) -> Family:
+    return read_family("f", {**entry, **changes}, PARTS)
 
 
-def test_parts_and_what_adds_to_them() -> None:
-    found = rules(ENTRY)
-    assert list(found) == [
-        "embed.weight",
-        "norm.weight",
-        "layers.{N}.mlp.gate.weight",
-        "layers.{N}.mlp.up.weight",
-        "layers.{N}.mlp.down.weight",
-        "layers.{N}.mlp.down.bias",
-        "layers.{N}.after.weight",
-    ]
-    down, bias = found["layers.{N}.mlp.down.weight"], found["layers.{N}.mlp.down.bias"]
-    assert (down.role, down.kind, down.axis, down.dimensions, down.present) == ("writer", "mlp", 0, 2, Condition())
-    assert (bias.role, bias.kind, bias.axis, bias.dimensions) == ("writer", "bias", 0, 1)
-    assert bias.present == Condition(("has_bias",))
+def test_what_an_entry_leaves_out() -> None:
+    found = family(ENTRY)
+    assert found == Family("f", ("a",), stem=found.stem, layer=found.layer)
+    assert (found.layers, found.embedding, found.head) == (("layers",), ("embed_tokens",), ("lm_head",))
+    assert found.ahead is None and found.beyond == found.outside == Rules()
+    assert set(found.layer.modules) == {"mlp.gate", "mlp.up", "before", "after"}
+    assert set(found.layer.exact) == {"mlp.down", "mlp.down.weight", "mlp.down.bias"}
 
 
-def test_a_gain_is_that_of_the_same_layer_for_weight_and_bias() -> None:
-    gain = {"mlp.down": {"gain": {"norm": "after", "offset": 1}, "bias": True}}
-    found = rules({**ENTRY, "layer": [*ENTRY["layer"], gain]})
-    expected = GainRule("layers.{N}.after.weight", 1.0)
-    assert found["layers.{N}.mlp.down.weight"].gain == found["layers.{N}.mlp.down.bias"].gain == expected
+def test_what_an_entry_says() -> None:
+    found = family(
+        ENTRY,
+        when={"x": 1},
+        layers=["a.layers", "b.layers"],
+        embedding="wte",
+        head=["out", "lm_head"],
+        beyond=[{"writes": {"eh": "projector"}}],
+        mtp={"prefix": "mtp", "layers": "mtp.layers", "block": "block", "stem": [{"writes": {"fc": "projector"}}]},
+        outside=["tower"],
+        writes={"tower.out": "projector"},
+        with_images="cross",
+        gain_offset=1,
+        inexact="why",
+    )
+    assert (found.layers, found.embedding, found.head) == (("a.layers", "b.layers"), ("wte",), ("out", "lm_head"))
+    assert found.when == {"x": 1} and found.with_images == "cross" and found.gain_offset == 1.0
+    assert found.inexact == "why" and "eh.weight" in found.beyond.exact
+    assert found.ahead is not None and "fc.weight" in found.ahead.stem.exact
+    assert (found.ahead.prefix, found.ahead.layers, found.ahead.block) == ("mtp", "mtp.layers", "block")
+    assert "tower.out.weight" in found.outside.exact and found.outside.trees["tower"].role == "outside"
+    plain = family(ENTRY, mtp={"prefix": "", "layers": "mtp"})
+    assert plain.ahead == Ahead("", "mtp", "", Rules())
 
 
-def test_like_fills_in_what_is_left_out() -> None:
-    child = {"like": "a", "layer": ["mlp"], "defaults": {"tie_word_embeddings": True}}
-    found = read_table([("f", {"a": ENTRY}), ("g", {"b": child, "c": {"like": "b"}})], PARTS)
-    assert found["b"].name == "g" and found["b"].prefix == "model."
-    assert "layers.{N}.after.weight" not in {rule.name for rule in found["b"].rules}
-    assert found["c"].rules == found["b"].rules and found["c"].defaults == {"tie_word_embeddings": True}
-    assert found["c"].model_type == "c"
+def test_gains_of_every_place() -> None:
+    gains = {"mlp.down": {"norm": "after", "center": True}, "embed_tokens": "norm", "tower.{a,b}": "tower.norm"}
+    found = family(ENTRY, gains=gains, writes={"tower.{a,b}": "projector"}, outside=["tower"])
+    assert found.layer.exact["mlp.down.weight"].gain == (StepRule("scale", "after"), StepRule("center"))
+    assert found.layer.exact["after.bias"].kind == "bias" and found.layer.exact["after.bias"].gain == ()
+    assert found.stem.exact["embed_tokens.weight"].gain == (StepRule("scale", "norm"),)
+    assert found.stem.exact["norm.bias"].role == "writer"
+    assert found.outside.exact["tower.b.bias"].gain == (StepRule("scale", "tower.norm"),)
+
+
+def test_the_skip_path_in_order() -> None:
+    found = family(ENTRY, skip=[{"norm": "before", "center": True}, "mlp.down", "after"])
+    scale = StepRule("scale", "before")
+    assert found.skip == (StepRule("center"), scale, "mlp.down", StepRule("scale", "after"))
+    assert found.layer.exact["before.bias"].role == found.layer.exact["after.bias"].role == "writer"
+    assert family(ENTRY, skip=["{before,after}"]).skip == (StepRule("scale", "before"), StepRule("scale", "after"))
+    either = family(ENTRY, skip=[{"norm": "{before,after}", "center": True}])
+    assert [step.module for step in either.skip if isinstance(step, StepRule)] == [None, "before", None, "after"]
+
+
+def test_refusals_are_read() -> None:
+    entry = family(
+        ENTRY,
+        refuse=[{"key": "a", "is": True, "why": "one"}, {"key": "b", "set": True, "why": "two"}],
+        inexact_if=[{"key": "c", "is": "x", "why": "three"}],
+    )
+    assert entry.refusals == (
+        Refusal("a", "one", value=True),
+        Refusal("b", "two", given=True),
+        Refusal("c", "three", value="x", inexact=True),
+    )
 
 
 def test_a_refused_type_needs_nothing_else() -> None:
-    family = read_table([("f", {"a": {"refused": "it is odd"}})], {})["a"]
-    assert family.refused == "it is odd" and not family.rules
+    found = read_family("f", {"types": ["a"], "refused": "it is odd"}, {})
+    assert found.refused == "it is odd" and found.layer == Rules()
+
+
+def test_like_fills_in_what_is_left_out() -> None:
+    child = {"types": ["b"], "like": "f", "layer": ["mlp"], "gain_offset": 1}
+    parent = {**ENTRY, "when": {"x": 1}, "embedding": "wte"}
+    table = read_table({"f": parent, "g": child, "h": {"types": ["c"], "like": "g", "embedding": "e"}}, PARTS)
+    f, g, h = table.families
+    assert g.types == ("b",) and g.when == {} and g.embedding == ("wte",) and g.stem == f.stem
+    assert "after" not in g.layer.modules and "after" in f.layer.modules
+    assert h.layer == g.layer and h.gain_offset == 1.0 and h.embedding == ("e",) and h.types == ("c",)
+
+
+def test_an_entry_for_some_configs_comes_first() -> None:
+    some = {"types": ["a"], "like": "f", "when": {"x": True}}
+    both = {"types": ["a"], "like": "f", "when": {"x": True, "y": 2}}
+    for entries in ({"f": ENTRY, "g": some}, {"g": some, "f": ENTRY}):
+        table = read_table(entries, PARTS)
+        assert [found.name for x in (True, False, None) if (found := table.find("a", {"x": x}))] == ["g", "f", "f"]
+        found = table.find("a", {})
+        assert found is not None and found.name == "f"
+    alone = read_table({"f": {**ENTRY, "types": ["z"]}, "g": both}, PARTS)
+    assert alone.find("a", {"x": True}) is None and alone.find("a", {"x": True, "y": 2}) is not None
+    assert alone.types == ("a", "z")
+
+
+def test_what_an_entry_with_a_tower_says_itself() -> None:
+    found = read_family("f", {"types": ["a"], "tower": "text_config", "layers": ["x"], "outside": ["v"]}, {})
+    assert found.tower == "text_config" and found.own == {"layers"}
+    more = {"types": ["a"], "tower": "t", "embedding": "e", "beyond": [], "mtp": {"prefix": "m", "layers": "l"}}
+    assert read_family("f", more, {}).own == {"embedding", "beyond", "mtp"}
 
 
 def _set(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
     def damage(entry: dict[str, Any]) -> None:
+        inner: Any = entry
         for key in path[:-1]:
-            entry = entry[key]
-        entry[path[-1]] = value
+            inner = inner[key]
+        inner[path[-1]] = value
 
     return damage
 
 
-def _gain(norm: str) -> dict[str, Any]:
-    return {"writes": 0, "kind": "x", "gain": {"norm": norm, "offset": 0}}
-
-
-DAMAGES: list[tuple[Callable[[dict[str, Any]], None], str]] = [
-    (_set("prefx", value=""), r"a: unknown keys \['prefx'\]"),
-    (_set("layer", 1, "x", value={"reads": 0, "axis": 1}), "a, x: unknown keys"),
-    (_set("layer", 1, "x", value={"kind": "mlp"}), "a, x: needs one of"),
-    (_set("layer", 1, "x", value={"reads": 0, "writes": 1, "kind": "mlp"}), "a, x: needs one of"),
-    (_set("layer", 1, "x", value={"writes": 1}), "a, x: writes, but has no kind"),
-    (_set("layer", 0, value="attention"), "a names a part that is not there: attention"),
-    (_set("layer", 1, "mlp.down", value={"bias": "biased"}), r"a says no default for \['biased'\]"),
-    (_set("layer", 1, "x", value={"reads": 0, "when": "not gated"}), r"a says no default for \['gated'\]"),
-    (_set("defaults", value={"has_bias": True}), r"a says no default for \['tie_word_embeddings'\]"),
-    (_set("refuse", value=[{"key": "odd", "is": True, "why": "odd"}]), r"a says no default for \['odd'\]"),
-    (_set("layer", 1, "x", value=_gain("nowhere")), "a has a gain that is no norm of the stream: .*nowhere"),
-    (_set("layer", 1, "x", value=_gain("mlp.gate")), "a has a gain that is no norm of the stream: .*gate"),
-    (_set("layer", 1, "mlp.down.bias", value={"ignored": "twice"}), "a has two rules for one tensor"),
-    (_set("embedding", value="wte"), "a has no rule for its embedding"),
-    (_set("like", value="nobody"), "a is like nobody"),
-    (_set("like", value="a"), "a is like a"),
-    (lambda entry: entry.pop("layers"), r"a: \['layers'\] are not there"),
-    (lambda entry: entry.pop("defaults"), r"a: \['defaults'\] are not there"),
+DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (_set("prefx", value=""), r"f: unknown keys \['prefx'\]"),
+    (_set("prefix", value="model."), r"f: unknown keys \['prefix'\]"),
+    (_set("layer", 0, value="attention"), "f: there is no part attention"),
+    (_set("layer", 1, "reeds", value=["x"]), r"f: unknown keys in a part: \['reeds'\]"),
+    (_set("layer", 1, "writes", value={"x": "out"}), "f: x has the unknown kind out"),
+    (_set("stem", 0, "writes", "embed_tokens", "axis", value=2), r"f: embed_tokens has no axis \(2,\)"),
+    (_set("writes", value={"x": {"kind": "mlp", "of": 0}}), r"f: x has no axis \(0,\)"),
+    (_set("beyond", value=["next"]), "f: there is no part next"),
+    (_set("mtp", value={"prefix": "", "layers": "l", "stem": ["next"]}), "f: there is no part next"),
+    (_set("like", value="nobody"), "f is like nobody, which does not work"),
+    (_set("like", value="f"), "f is like f, which does not work"),
+    (lambda entry: entry.pop("types"), "f has no types"),
+    (_set("types", value=[]), "f has no types"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "problem"), DAMAGES, ids=[problem for _, problem in DAMAGES])
-def test_damage_is_named(damage: Callable[[dict[str, Any]], None], problem: str) -> None:
+def test_damage_is_named(damage: Callable[[dict[str, Any]], Any], problem: str) -> None:
     entry = copy.deepcopy(ENTRY)
     damage(entry)
     with pytest.raises(ArchitectureError, match=f"the table of architectures is damaged: {problem}"):
-        read_table([("f", {"a": entry})], PARTS)
+        read_table({"f": entry}, PARTS)
 
 
-def test_two_entries_for_one_type() -> None:
-    with pytest.raises(ArchitectureError, match="a has two entries, in f and g"):
-        read_table([("f", {"a": ENTRY}), ("g", {"a": ENTRY})], PARTS)
+@pytest.mark.parametrize("when", [{}, {"x": True}])
+def test_two_entries_for_one_type(when: dict[str, Any]) -> None:
+    twice = {"f": {**ENTRY, "when": when}, "g": {**ENTRY, "types": ["b", "a"], "when": dict(when)}}
+    with pytest.raises(ArchitectureError, match="damaged: a is in f and in g"):
+        read_table(twice, PARTS)
 
 
 def test_a_circle_of_likes() -> None:
-    circle = {"a": {"like": "b"}, "b": {"like": "c"}, "c": {"like": "b"}}
+    circle = {name: {"types": [name], "like": other} for name, other in (("a", "b"), ("b", "c"), ("c", "b"))}
     with pytest.raises(ArchitectureError, match="is like b, which does not work"):
-        read_table([("f", circle)], PARTS)
-
-
-@pytest.mark.parametrize(
-    ("switches", "settings", "holds"),
-    [
-        ((), {}, True),
-        (("a",), {"a": True}, True),
-        (("a",), {"a": False}, False),
-        (("not a",), {"a": False}, True),
-        (("not a",), {"a": True}, False),
-        (("a", "not b"), {"a": True, "b": True}, False),
-        (("a", "not b"), {"a": True, "b": False}, True),
-    ],
-)
-def test_conditions(switches: tuple[str, ...], settings: dict[str, bool], holds: bool) -> None:
-    assert Condition(switches).holds(settings) is holds
-
-
-def test_refusals() -> None:
-    wanted = Refusal("a", "why", value=True)
-    assert wanted.applies({"a": True}) and not wanted.applies({"a": False}) and not wanted.applies({})
-    other = Refusal("a", "why", differs_from="b")
-    assert other.applies({"a": 1, "b": 2})
-    assert not other.applies({"a": 2, "b": 2}) and not other.applies({"a": None, "b": 2})
+        read_table(circle, PARTS)

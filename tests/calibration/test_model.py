@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from abliterate.calibration.hooks import NOTHING, Steer
 from abliterate.calibration.model import ResidentModel, pad
+from abliterate.errors import CalibrationError
 from tests.resident import END, HIDDEN, byte_tokenizer, gpt2, llama, random_prompts, random_units, resident, writers_of
 
 MAKERS: dict[str, Callable[[], Any]] = {"llama": llama, "gpt2": gpt2}
@@ -173,7 +174,7 @@ def test_nothing_stays_behind(model: ResidentModel) -> None:
     steers = [Steer(ablate=unit, add=unit, layer=0)] * 3
     before, hooks = gathered(model, prompts)[0], hooks_of(model)
     list(model.forward(prompts, steers, positions=2))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(CalibrationError):
         list(model.forward(prompts, [Steer(add=torch.zeros(HIDDEN + 1), layer=0)] * 3))
     assert hooks_of(model) == hooks
     torch.testing.assert_close(gathered(model, prompts)[0], before, rtol=0, atol=0)

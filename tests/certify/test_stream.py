@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,10 +23,11 @@ def ablate(model: Any, r: Tensor, spare: Sequence[str] = ()) -> Any:
     for name, module in writers_of(model).items():
         if name in spare:
             continue
-        w = module.weight.data.double()
+        (weight,) = module.parameters()
+        w = weight.data.double()
         along = isinstance(module, nn.Embedding)
         w = w - torch.outer(w @ unit, unit) if along else w - torch.outer(unit, unit @ w)
-        module.weight.data.copy_(w)
+        weight.data.copy_(w)
     return model
 
 
@@ -133,8 +135,55 @@ def test_the_model_is_left_without_hooks_and_computes_as_before() -> None:
 def test_a_zero_vector_in_the_stream_has_no_direction() -> None:
     model = llama(layers=LAYERS)
     for module in writers_of(model).values():
-        module.weight.data.zero_()
+        for weight in module.parameters():
+            weight.data.zero_()
     assert measure_stream(resident(model), PROMPTS, R) == StreamResidual(
         (0.0,) * (LAYERS + 1), sum(map(len, PROMPTS)), dict.fromkeys(writers_of(model), 0.0)
     )
     assert len(R) == HIDDEN
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_a_direction_that_turns_is_looked_for_where_it_points(batch_size: int) -> None:
+    model, pulled = llama(layers=LAYERS), random_units(LAYERS + 1, seed=3)
+    measured = measure_stream(resident(model, batch_size), PROMPTS, R, pulled=pulled.double())
+    for i, (value, r) in enumerate(zip(measured.layers, pulled, strict=True)):
+        assert value == pytest.approx(ratios(model, PROMPTS, r)[str(i)], rel=1e-4)
+    assert list(measured.writers) == list(writers_of(model))
+    assert set(measured.writers.values()) == {0.0}, "what a writer puts out has another direction than the stream"
+
+
+def test_a_direction_that_stays_is_measured_as_before() -> None:
+    model = llama(layers=LAYERS)
+    plain = measure_stream(resident(model), PROMPTS, R)
+    turned = measure_stream(resident(model), PROMPTS, R, pulled=R.expand(LAYERS + 1, -1))
+    assert turned.layers == plain.layers and plain.writers != turned.writers
+
+
+@pytest.mark.parametrize("spared", [0, 1, LAYERS])
+def test_where_a_turned_direction_is_left_is_said_without_a_name(spared: int) -> None:
+    """The stream is clean along R alone; where another direction counts, it shows."""
+    model = ablate(llama(layers=LAYERS), R)
+    pulled = R.repeat(LAYERS + 1, 1)
+    assert measure_stream(resident(model), PROMPTS, R, pulled=pulled).holds(TOLERANCE)
+    pulled[spared] = random_units(1, seed=5)[0]
+    measured = measure_stream(resident(model), PROMPTS, R, pulled=pulled)
+    assert [i for i, value in enumerate(measured.layers) if not value <= TOLERANCE] == [spared]
+    failure = measured.first_failure(TOLERANCE)
+    assert failure is not None and "a module that is not a known" in failure
+
+
+@pytest.mark.parametrize("absent", [0, 1, LAYERS - 1])
+def test_a_layer_that_waits_for_an_image(absent: int) -> None:
+    """Text goes by it: nothing comes into it, and what comes into the next is what would have."""
+    model = llama(layers=LAYERS)
+    held = resident(model)
+    model.model.layers = nn.ModuleList(layer for i, layer in enumerate(model.model.layers) if i != absent)
+    waiting = replace(held, stream=replace(held.stream, sometimes=frozenset({absent})))
+    measured = measure_stream(waiting, PROMPTS, R)
+    assert all(math.isfinite(value) for value in measured.layers)
+    assert measured.layers[absent] == measured.layers[absent + 1]
+    expected = ratios(model, PROMPTS, R)
+    others = [value for i, value in enumerate(measured.layers) if i != absent]
+    assert others == pytest.approx([expected[str(i)] for i in range(LAYERS)], rel=1e-4)
+    assert not measure_stream(held, PROMPTS, R).holds(math.inf), "not proved where it was not said"

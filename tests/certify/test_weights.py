@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abliterate.architecture.writer import Gain, Plan, Writer
+from abliterate.architecture.writer import Plan, Runtime, Step, Writer
 from abliterate.certify import weights
 from abliterate.certify.weights import share_along, tolerance, writer_residuals
 from abliterate.checkpoint.files import Checkpoint
@@ -33,7 +33,7 @@ def checkpoint(folder: Path, **tensors: Tensor) -> Checkpoint:
 
 
 def writer(axis: int) -> Writer:
-    return Writer("w", "mlp", axis, None, 0)
+    return Writer("w", "mlp", axis, 0)
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,8 @@ def test_tolerances(dtype: str, part: str, expected: float) -> None:
 
 
 def plan(*writers: Writer) -> Plan:
-    return Plan("pico", "pico", HIDDEN, 1, False, "w", "head", "tie_word_embeddings", "layers", writers, ())
+    flags, runtime = ("tie_word_embeddings",), Runtime("Pico", ("layers.0",))
+    return Plan("pico", "pico", HIDDEN, 1, False, "w", "head", flags, writers, (), runtime)
 
 
 def test_every_writer_is_measured_behind_its_gain_and_held_to_its_dtype(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_every_writer_is_measured_behind_its_gain_and_held_to_its_dtype(tmp_path
     through = torch.zeros(HIDDEN, 2)
     through[0], through[1] = 3, -1
     tensors = {"w": through, "half": through.T.contiguous().bfloat16(), "norm": (g - 1).bfloat16()}
-    writers = (Writer("w", "mlp", 0, Gain("norm", 1.0), 0), Writer("half", "embedding", 1, None, None))
+    writers = (Writer("w", "mlp", 0, 0, (Step("scale", "norm", 1.0),)), Writer("half", "embedding", 1, None))
     base = {**tensors, "w": torch.ones(HIDDEN, 2), "half": torch.ones(2, HIDDEN).bfloat16()}
     edited = checkpoint(tmp_path / "edited", **tensors)
     first, second = writer_residuals(edited, plan(*writers), r, checkpoint(tmp_path / "base", **base))
@@ -128,3 +129,38 @@ def test_the_tolerance_is_the_border(tmp_path: Path) -> None:
         stored[0], stored[1] = share, 1
         (residual,) = writer_residuals(checkpoint(tmp_path, w=stored), plan(writer(0)), r)
         assert residual.after == pytest.approx(share) and residual.holds is holds
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_the_share_along_several_covectors_is_that_of_their_span(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], axis: int, dtype: torch.dtype
+) -> None:
+    small_blocks(monkeypatch)
+    stored, basis = normal(0, *shape).to(dtype), torch.linalg.qr(normal(1, HIDDEN, 3)).Q.T
+    columns = stored.double().movedim(axis, 0).reshape(HIDDEN, -1)
+    expected = float((basis @ columns).norm() / columns.norm())
+    opened = checkpoint(tmp_path, w=stored)
+    assert share_along(opened, writer(axis), basis) == pytest.approx(expected, rel=1e-9)
+    assert share_along(opened, writer(axis), basis[:1]) == pytest.approx(
+        share_along(opened, writer(axis), basis[0]), rel=1e-9
+    )
+
+
+def test_one_covector_of_several_is_enough_to_fail(tmp_path: Path) -> None:
+    """Behind a convolution of two taps the stream sees a writer twice, through another covector each time."""
+    r, taps, stored = torch.zeros(HIDDEN), torch.zeros(HIDDEN, 1, 2), torch.zeros(HIDDEN, 4)
+    r[0], r[1] = 0.6, 0.8
+    taps[0, 0, 0], taps[1, 0, 1] = 1, -1  # the lag sees channel 0 alone, and so does the present token
+    tensors = {"conv": taps, "w": stored}
+    through = Writer("w", "mlp", 0, 0, (Step("taps", "conv"),))
+    for channel, holds in ((5, True), (1, True), (0, False)):
+        stored.zero_()
+        stored[channel] = 1
+        (residual,) = writer_residuals(checkpoint(tmp_path, **tensors), plan(through), r)
+        assert residual.holds is holds and residual.after == pytest.approx(0 if holds else 1)
+    taps[1, 0, 1] = 0
+    stored.zero_()
+    stored[0], stored[1] = 0.8, -0.6
+    (residual,) = writer_residuals(checkpoint(tmp_path, **tensors), plan(through), r)
+    assert not residual.holds, "orthogonal to the direction, and seen by the lag all the same"

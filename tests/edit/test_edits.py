@@ -1,5 +1,6 @@
 """Edits of single tensors and of plans: the formula, the certificate's tolerance, the same bytes for any blocks."""
 
+import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abliterate.architecture.writer import Gain, Plan, Writer
+from abliterate.architecture.writer import Plan, Runtime, Step, Writer
 from abliterate.certify.weights import tolerance
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import DTYPES, TensorInfo, read_header
-from abliterate.edit.edits import LocalProjection, Projection, StreamedProjection, build_edits, projection
-from abliterate.edit.projector import Projector, make_projector
+from abliterate.edit.edits import (
+    LocalProjection,
+    Projection,
+    SpanProjection,
+    StreamedProjection,
+    build_edits,
+    projection,
+)
+from abliterate.edit.projector import Projector, make_projector, span_projector
 from abliterate.errors import EditError
 
 STORED = ("F32", "F64", "BF16", "F16")
@@ -36,6 +44,10 @@ def plain(hidden: int, seed: int = 0) -> Projector:
 
 def oblique(hidden: int, seed: int = 0) -> Projector:
     return make_projector(normal(seed, hidden), normal(seed + 1, hidden).abs() + 0.3)
+
+
+def span(hidden: int, seed: int = 0, count: int = 4) -> Projector:
+    return span_projector(normal(seed, count, hidden))
 
 
 def weight(dtype: str, *shape: int, seed: int = 7) -> Tensor:
@@ -300,13 +312,70 @@ def test_a_dtype_that_cannot_be_edited(dtype: str) -> None:
         projection(TensorInfo("model.w", dtype, (8, 6), 0, 0), 0, plain(8))
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", STORED)
+def test_a_span_within_tolerance(dtype: str, place: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Every covector is gone, and the rest is as near to what it was as the dtype allows."""
+    before, after = place
+    for hidden in (33, 200):
+        axis, projector, stored = len(before), span(hidden), weight(dtype, *before, hidden, *after)
+        result, w = edited(stored, axis, projector), columns(stored, axis)
+        target = w - projector.u.T @ (projector.v @ w)
+        assert result.dtype == stored.dtype and result.shape == stored.shape and result.is_contiguous()
+        assert error(result, axis, target) < {"F64": 1e-15, "F32": 1e-7, "BF16": 1.5e-2, "F16": 2e-3}[dtype]
+        left, size = projector.v @ columns(result, axis), columns(result, axis).norm()
+        if w.shape[1] > 1:  # a single vector may be rounded worse than most
+            assert float(left.norm() / size) <= math.sqrt(4) * tolerance(dtype, hidden, "writer")
+        assert float((projector.v @ w).norm() / w.norm()) > 0.05
+
+
+@quick
+@given(SEEDS, st.sampled_from(STORED), st.sampled_from(PLACES), st.integers(8, 130), st.integers(1, 140))
+def test_any_blocks_give_the_same_bytes_for_a_span(
+    seed: int, dtype: str, place: tuple[tuple[int, ...], tuple[int, ...]], hidden: int, rows: int
+) -> None:
+    before, after = place
+    stored = weight(dtype, *before, hidden, *after, seed=seed)
+    edit = projection(info_of(stored), len(before), span(hidden, seed + 1))
+    whole = run(edit, stored)
+    assert torch.equal(run(edit, stored, rows).view(torch.uint8), whole.view(torch.uint8))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_strength_leaves_its_share_of_a_span(axis: int) -> None:
+    stored, projector = weight("F64", 64, 64), span(64)
+    result = edited(stored, axis, projector, strength=0.75)
+    torch.testing.assert_close(projector.v @ columns(result, axis), 0.25 * (projector.v @ columns(stored, axis)))
+
+
+def test_a_span_that_is_cut_is_measured_first_and_then_forgotten() -> None:
+    wide = weight("F32", 64, 5000)
+    edit = projection(info_of(wide), 0, span(64))
+    assert isinstance(edit, SpanProjection) and edit.passes == 1 and edit.form == "span"
+    with pytest.raises(EditError, match="only 0 of 64 rows were measured"):
+        edit.apply(slice(0, 64), wide)
+    edit.measure(slice(0, 64), wide)
+    assert len(pickle.dumps(edit)) > 5000 * 8
+    edit.apply(slice(0, 64), wide)
+    assert len(pickle.dumps(edit)) < 5000 * 8
+    assert projection(info_of(wide[:, :64]), 1, span(64)).passes == 0
+    assert projection(info_of(wide[:, 0]), 0, span(64)).passes == 0
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4, 9), 1), ((7, 8), 0), ((8,), 1)])
+def test_a_span_of_another_width(shape: tuple[int, ...], axis: int) -> None:
+    with pytest.raises(EditError, match=rf"has no axis {axis} of length 8"):
+        projection(TensorInfo("w", "F32", shape, 0, 0), axis, span(8))
+
+
 HIDDEN = 16
 WRITERS = (
-    Writer("embed", "embedding", 1, None, None),
-    Writer("out", "attention", 0, Gain("norm", 1.0), 0),
-    Writer("bias", "bias", 0, None, 0),
+    Writer("embed", "embedding", 1, None),
+    Writer("out", "attention", 0, 0, (Step("scale", "norm", 1.0),)),
+    Writer("bias", "bias", 0, 0),
 )
-PLAN = Plan("pico", "pico", HIDDEN, 1, True, "embed", "head", "tie_word_embeddings", "layers", WRITERS, ())
+RUNTIME = Runtime("Pico", ("layers.0",))
+PLAN = Plan("pico", "pico", HIDDEN, 1, True, "embed", "head", ("tie_word_embeddings",), WRITERS, (), RUNTIME)
 
 
 def checkpoint(folder: Path, **changed: Tensor) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""The projector: v.u = 1, and nothing along r behind the norm's gain."""
+"""The projector: v.u = 1, and nothing along r behind the norm's gain, or along any of several covectors."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from abliterate.edit.projector import Projector, make_projector
+from abliterate.edit.projector import Projector, make_projector, span_projector
 from abliterate.errors import EditError
 
 SEEDS, WIDTHS = st.integers(0, 2**32 - 1), st.integers(1, 40)
@@ -91,3 +91,61 @@ def test_a_direction_that_is_none(bad: list[float]) -> None:
 def test_a_gain_that_is_none(bad: list[float]) -> None:
     with pytest.raises(EditError, match="gain is zero along the direction, or not finite"):
         make_projector(torch.tensor([1.0, 0.0]), torch.tensor(bad))
+
+
+@settings(deadline=None, max_examples=50)
+@given(SEEDS, st.integers(2, 40), st.integers(2, 6), st.floats(1e-30, 1e30))
+def test_a_span_takes_out_every_covector(seed: int, hidden: int, count: int, scale: float) -> None:
+    covectors = normal(seed, count, hidden)
+    projector = span_projector(covectors * scale)
+    rank = min(count, hidden)
+    assert projector.form == "span" and projector.v.shape == projector.u.shape == (rank, hidden)
+    assert projector.v.dtype == torch.float64
+    torch.testing.assert_close(projector.v @ projector.u.T, torch.eye(rank, dtype=torch.float64))
+    weight = normal(seed + 1, hidden, 3)
+    left = weight - projector.u.T @ (projector.v @ weight)
+    assert float((covectors @ left).abs().max()) < 1e-12 * float(covectors.norm() * weight.norm())
+
+
+@settings(deadline=None, max_examples=25)
+@given(SEEDS, st.integers(4, 40))
+def test_a_span_takes_out_nothing_else(seed: int, hidden: int) -> None:
+    covectors = normal(seed, 3, hidden)
+    projector = span_projector(covectors)
+    other = normal(seed + 1, hidden)
+    basis = torch.linalg.qr(covectors.T).Q
+    other = other - basis @ (basis.T @ other)
+    torch.testing.assert_close(other - projector.u.T @ (projector.v @ other), other)
+
+
+@settings(deadline=None, max_examples=25)
+@given(SEEDS)
+def test_covectors_that_depend_on_each_other_count_once(seed: int) -> None:
+    first, second = normal(seed, 2, 20)
+    covectors = torch.stack([first, 1e8 * first, second, 1e-8 * second, first - second, -first])
+    projector = span_projector(covectors)
+    assert projector.v.shape == (2, 20)
+    left = covectors - covectors @ projector.v.T @ projector.u
+    assert float((left.norm(dim=1) / covectors.norm(dim=1)).max()) < 1e-12
+
+
+def test_one_covector_is_no_span() -> None:
+    covector = normal(0, 1, 9)
+    projector = span_projector(7 * covector)
+    assert projector.form == "orthogonal" and projector.v.shape == (9,) and torch.equal(projector.u, projector.v)
+    torch.testing.assert_close(projector.v, covector[0] / covector.norm())
+
+
+def test_large_and_small_covectors_count_alike() -> None:
+    projector = span_projector(torch.tensor([[1e-12, 0.0, 0.0], [0.0, 1e12, 0.0]], dtype=torch.float64))
+    torch.testing.assert_close(projector.v.T @ projector.v, torch.diag(torch.tensor([1.0, 1.0, 0.0]).double()))
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_a_covector_that_is_none(bad: float) -> None:
+    covectors = normal(0, 3, 8)
+    covectors[1] = bad
+    with pytest.raises(EditError, match="a covector is zero or not finite"):
+        span_projector(covectors)
+    with pytest.raises(EditError, match="a covector is zero or not finite"):
+        span_projector(covectors[1:2])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from abliterate.architecture.writer import Gain, Plan, Role, TensorRole, Writer
+from abliterate.architecture.writer import Plan, Role, Runtime, Step, TensorRole, Writer
 from abliterate.evaluation.metrics import Evaluation
 from abliterate.publish import summary
 from abliterate.publish.figures import percent, ranges, significant, sizes, visible
@@ -38,19 +38,19 @@ def _same(name: str, text: str) -> None:
 @pytest.fixture
 def plan() -> Plan:
     """Three layers of a model with output norms; the last has no MLP."""
-    writers = [Writer("model.embed_tokens.weight", "embedding", 1, None, None)]
+    writers = [Writer("model.embed_tokens.weight", "embedding", 1, None)]
     named: list[tuple[str, Role, str]] = [("model.embed_tokens.weight", "writer", "embedding")]
     for i in range(3):
         layer = f"model.layers.{i}"
-        gain = Gain(f"{layer}.post_attention_layernorm.weight", 1.0)
-        writers.append(Writer(f"{layer}.self_attn.o_proj.weight", "attention", 0, gain, i))
+        norm = f"{layer}.post_attention_layernorm.weight"
+        writers.append(Writer(f"{layer}.self_attn.o_proj.weight", "attention", 0, i, (Step("scale", norm, 1.0),)))
         if i < 2:
-            writers.append(Writer(f"{layer}.mlp.down_proj.weight", "mlp", 0, None, i))
+            writers.append(Writer(f"{layer}.mlp.down_proj.weight", "mlp", 0, i))
             named.append((f"{layer}.mlp.down_proj.weight", "writer", "MLP out"))
         named += [
             (f"{layer}.self_attn.o_proj.weight", "writer", "attention out"),
             (f"{layer}.self_attn.q_proj.weight", "reader", "reads the stream"),
-            (gain.tensor, "norm", f"gain after layers.{i}.self_attn"),
+            (norm, "norm", f"gain after layers.{i}.self_attn"),
         ]
     named.append(("rotary.inv_freq", "outside", "buffer"))
     roles = tuple(TensorRole(*each) for each in named)
@@ -62,10 +62,10 @@ def plan() -> Plan:
         True,
         "model.embed_tokens.weight",
         "lm_head.weight",
-        "tie_word_embeddings",
-        "model.layers",
+        ("tie_word_embeddings",),
         tuple(writers),
         roles,
+        Runtime("Gemma3ForCausalLM", tuple(f"model.layers.{i}" for i in range(3))),
     )
 
 
@@ -102,9 +102,37 @@ def test_plan_accounts_for_every_tensor(plan: Plan) -> None:
 
 def test_groups_do_not_hide_differences(plan: Plan) -> None:
     """The same name with another axis or gain is a row of its own."""
-    other = replace(plan.writers[1], gain=None)
+    other = replace(plan.writers[1], gain=())
     text = _text(plan_table(replace(plan, writers=(plan.writers[0], other, *plan.writers[2:]))))
     assert text.count("model.layers.N.self_attn.o_proj.weight") == 2
+
+
+def test_what_stands_between_a_writer_and_the_stream(plan: Plan) -> None:
+    layer = "model.layers.1"
+    steps = (Step("scale", f"{layer}.outer.weight", 1.0), Step("scale", f"{layer}.inner.weight"), Step("center"))
+    for gain, words in (
+        (steps[:1], "(1 + outer.weight)"),
+        (steps[1:2], "inner.weight"),
+        (steps[:2], "(1 + outer.weight) * inner.weight"),
+        (steps, "(1 + outer.weight) * inner.weight, less the mean over channels"),
+    ):
+        text = " ".join(_text(plan_table(replace(plan, writers=(replace(plan.writers[1], gain=gain),)))).split())
+        assert f"gain {words} kept" in text
+
+
+def test_a_plan_says_what_is_unusual(plan: Plan) -> None:
+    def said(**changes: Any) -> str:
+        return " ".join(_text(plan_table(replace(plan, **changes))).split())
+
+    plain = said()
+    assert not any(word in plain for word in ("not exact", "gradients", "layer by layer", "image", "kept as they are"))
+    assert "not exact: it turns" in said(inexact="it turns")
+    assert "not in the table: its writers were found by gradients" in said(probed=True)
+    assert "the direction is pulled back layer by layer" in said(boundaries=((), (), (), ()))
+    assert "layers 0–1 only run when there is an image" in said(sometimes=(0, 1))
+    odd = TensorRole("model.odd", "unknown", "not in the table")
+    text = said(roles=(*plan.roles, odd))
+    assert "not in the table, kept as they are: model.odd" in text and "1 unknown" in text
 
 
 def test_nothing_is_wider_than_the_terminal_or_coloured_when_piped(manifest: Manifest) -> None:
