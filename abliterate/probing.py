@@ -18,8 +18,9 @@ from abliterate.architecture.plan import plan_architecture
 from abliterate.architecture.prepared import some_tokens
 from abliterate.architecture.probe import Probe, probe
 from abliterate.architecture.probed import entry_of
+from abliterate.architecture.shrink import HIDDEN
 from abliterate.architecture.table import read_family
-from abliterate.architecture.twin import HIDDEN, build_twin, twin_config
+from abliterate.architecture.twin import build_twin, twin_config
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.load import quiet_transformers
 from abliterate.calibration.model import ResidentModel

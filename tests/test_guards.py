@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import abliterate
 from abliterate import proving
+from abliterate.architecture.rules import Rule
+from abliterate.architecture.table import Table, load_table
 from abliterate.dryrun import dry_run
 from abliterate.errors import AbliterateError, CalibrationError, OutputError
 from tests import pico
@@ -88,3 +91,35 @@ def test_a_dry_run_looks_at_the_disk(tmp_path: Path, direction: Path, monkeypatc
     with pytest.raises(OutputError, match="disk full"):
         dry_run(str(base), tmp_path / "a" / "out", direction=direction)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("the wrong axis of a square matrix", "the direction is back"),
+        ("a writer taken for a reader", "the direction is back"),
+        ("a gain left out", "the direction is back"),
+    ],
+)
+def test_a_mistake_in_the_table_does_not_pass(
+    mistake: str, said: str, tmp_path: Path, direction: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the table says wrongly shows in the stream: nothing is claimed, and the command fails."""
+    family, entry = {
+        "the wrong axis of a square matrix": ("gpt2", {"attn.c_proj": "attention"}),
+        "a writer taken for a reader": ("llama", {"mlp.down_proj": None}),
+        "a gain left out": ("gemma2", {"mlp.down_proj": "mlp"}),
+    }[mistake]
+    real = load_table().find(family, {})
+    assert real is not None
+    exact = dict(real.layer.exact)
+    for module, kind in entry.items():
+        rule = exact[f"{module}.weight"]
+        wrong = replace(rule, axes=(0,), gain=()) if kind else Rule("reader", "reads", module)
+        exact[f"{module}.weight"] = wrong
+    broken = Table([replace(real, layer=replace(real.layer, exact=exact))])
+    monkeypatch.setattr("abliterate.architecture.entry.load_table", lambda: broken)
+    model = pico.save(tmp_path / "m", family)
+    made = abliterate.convert(str(model), tmp_path / "out", direction=direction, evaluate=False)
+    assert not made.holds and said in made.certificate.failure
+    assert made.folder.name == "out.failed" and not (tmp_path / "out").exists()

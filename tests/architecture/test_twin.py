@@ -19,7 +19,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from abliterate.architecture.twin import HIDDEN, SPECIAL, VOCABULARY, build_twin, shrink, twin_config
+from abliterate.architecture.shrink import HIDDEN, SPECIAL, VOCABULARY, shrink
+from abliterate.architecture.twin import build_twin, twin_config
 from abliterate.errors import ArchitectureError
 from tests.sweep.twins import cases, class_of, save_twin, skipped, token_ids
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from abliterate.architecture.twin import HIDDEN, SPECIAL, build_twin, twin_config
+from abliterate.architecture.shrink import HIDDEN, SPECIAL
+from abliterate.architecture.twin import build_twin, twin_config
 
 __all__ = ["HIDDEN", "Case", "build", "cases", "class_of", "config_of", "save_twin", "skipped", "token_ids"]
 
