@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from abliterate.architecture.blueprint import blueprint_of, read_blueprint
+from abliterate.architecture.blueprint import blueprint_of, quiet, read_blueprint
 from abliterate.architecture.entry import Entry
 from abliterate.architecture.plan import plan_architecture
 from abliterate.architecture.prepared import some_tokens
@@ -108,7 +108,7 @@ def _probed(folder: Path, config: str, trust_remote_code: bool, inexact: bool = 
     log.info("model type %s: probing a tiny twin, because the table has no exact edit for it", model_type)
     model_class = type(real.model)
     twin, found = _probe_twin(real.model.config, model_class)
-    with tempfile.TemporaryDirectory() as place, quiet_transformers():
+    with tempfile.TemporaryDirectory() as place, quiet_transformers(), quiet():
         twin.save_pretrained(Path(place) / "twin")
         saved = open_checkpoint(Path(place) / "twin")
         shapes = {name: info.shape for name, info in saved.tensors.items()}

@@ -10,7 +10,8 @@ import copy
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.utils import logging as transformers_logging
 
 from abliterate.errors import ArchitectureError
 
@@ -105,7 +107,7 @@ class Blueprint:
                     self._found(names),
                     True,
                     str(matched),
-                    tuple(map(str, converter.source_patterns)),
+                    _weights(list(map(str, converter.source_patterns))),
                     "MergeModulelist" in kinds,
                     bool(kinds - {"MergeModulelist", "Concatenate"}),
                 )
@@ -125,6 +127,11 @@ class Blueprint:
         shared = {self._shared(name) for name in filled}
         optional = _any_of(self.model._keys_to_ignore_on_load_missing or ())
         return [name for name in self.shapes if self._shared(name) not in shared and not optional(name)]
+
+
+def _weights(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Without scales (`w2_weight_scale` beside `w2_weight`): only quantized weights have them."""
+    return tuple(name for name in patterns if not any(name != other and name.startswith(other) for other in patterns))
 
 
 def _any_of(patterns: Iterable[str]) -> Callable[[str], bool]:
@@ -152,8 +159,9 @@ def _cached(folder: Path, config: str, trust_remote_code: bool) -> Blueprint:
     content = json.loads(config)
     _check_depth(content, str(content.get("model_type")))
     try:
-        settings = read_config(folder, content, trust_remote_code)
-        return blueprint_of(settings, model_class(settings, content, trust_remote_code))
+        with quiet():
+            settings = read_config(folder, content, trust_remote_code)
+            return blueprint_of(settings, model_class(settings, content, trust_remote_code))
     except ArchitectureError:
         raise
     except Exception as error:  # whatever a config of wrong values makes a model's code raise
@@ -161,6 +169,17 @@ def _cached(folder: Path, config: str, trust_remote_code: bool) -> Blueprint:
             f"transformers {transformers.__version__} cannot build a {content.get('model_type')} from this "
             f"config.json: {_first_line(error)}"
         ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' remarks on a config (deprecated keys, missing kernels) out of what the user reads."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def _check_depth(content: Mapping[str, Any], model_type: str) -> None:

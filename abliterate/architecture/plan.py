@@ -7,6 +7,7 @@ from abliterate.architecture.blueprint import Blueprint, read_blueprint
 from abliterate.architecture.complete import check_complete
 from abliterate.architecture.entry import Entry, find_entry
 from abliterate.architecture.paths import gain_path, skip_paths
+from abliterate.architecture.rules import fold_numbers
 from abliterate.architecture.table import load_table
 from abliterate.architecture.writer import Plan, Runtime, TensorRole, Writer
 from abliterate.checkpoint.files import Checkpoint
@@ -78,6 +79,7 @@ class _Planner:
             sometimes=self._sometimes(),
             inexact=self._entry.inexact,
             head_copy=copied,
+            shared=tuple(sorted({(fold_numbers(a), fold_numbers(b)) for a, b in blueprint.aliases.items()})),
             untying=self._untying(head) if blueprint.tied else (),
             probed=self._entry.probed,
         )

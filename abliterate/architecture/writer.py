@@ -90,6 +90,7 @@ class Plan:
             end; empty where nothing but additions stands on the skip path.
         sometimes: numbers of layers that only run when there is an image.
         inexact: why no direction is exact on this architecture; None where one is.
+        shared: run-time names that stand for one parameter, numbers as `*`.
         untying: tensors to copy, and the names of their copies, so that the head is no longer tied; None where that
             would take other shared tensors apart.
         head_copy: the head is tied and a copy of the embedding is stored for it all the same (as in Qwen3-0.6B). Where
@@ -111,6 +112,7 @@ class Plan:
     sometimes: tuple[int, ...] = ()
     inexact: str | None = None
     head_copy: bool = False
+    shared: tuple[tuple[str, str], ...] = ()
     untying: tuple[tuple[str, str], ...] | None = ()
     probed: bool = False
 

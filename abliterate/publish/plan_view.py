@@ -74,10 +74,16 @@ def _notices(plan: Plan) -> list[Text]:
         notices.append(Text("the stream passes gains: the direction is pulled back layer by layer"))
     if plan.sometimes:
         notices.append(Text(f"layers {ranges(plan.sometimes)} only run when there is an image"))
+    if plan.shared:
+        notices.append(Text(f"one tensor under two names: {', '.join(_same(a, b) for a, b in plan.shared)}"))
     unknown = [tensor.name for tensor in plan.roles if tensor.role == "unknown"]
     if unknown:
         notices.append(Text(f"not in the table, kept as they are: {', '.join(unknown)}", "yellow"))
     return notices
+
+
+def _same(alias: str, first: str) -> str:
+    return f"{alias} in several layers" if alias == first else f"{alias} = {first}"
 
 
 def _edited(plan: Plan, sizes_of: Mapping[str, int] | None) -> Table:

@@ -1,6 +1,5 @@
 """Edits of single tensors and of plans: the formula, the certificate's tolerance, the same bytes for any blocks."""
 
-import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -324,9 +323,21 @@ def test_a_span_within_tolerance(dtype: str, place: tuple[tuple[int, ...], tuple
         assert result.dtype == stored.dtype and result.shape == stored.shape and result.is_contiguous()
         assert error(result, axis, target) < {"F64": 1e-15, "F32": 1e-7, "BF16": 1.5e-2, "F16": 2e-3}[dtype]
         left, size = projector.v @ columns(result, axis), columns(result, axis).norm()
-        if w.shape[1] > 1:  # a single vector may be rounded worse than most
-            assert float(left.norm() / size) <= math.sqrt(4) * tolerance(dtype, hidden, "writer")
+        few = 2 if hidden < 100 and dtype in ("BF16", "F16") else 1  # too few rows to pay four debts from
+        assert float(left.norm() / size) <= few * tolerance(dtype, hidden, "writer")
         assert float((projector.v @ w).norm() / w.norm()) > 0.05
+
+
+@pytest.mark.parametrize("count", [2, 4, 7])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_rounding_knows_all_covectors_of_a_span(dtype: str, axis: int, count: int) -> None:
+    projector, stored = span(1024, count=count), weight(dtype, 1024, 1024)
+    result, nearest = edited(stored, axis, projector), edited(stored, axis, projector, directional=False)
+    target = columns(stored, axis) - projector.u.T @ (projector.v @ columns(stored, axis))
+    left, were = (float((projector.v @ columns(each, axis)).norm()) for each in (result, nearest))
+    assert left < were / 3 and left < tolerance(dtype, 1024, "writer") / 2 * float(columns(result, axis).norm())
+    assert error(result, axis, target) < 1.3 * error(nearest, axis, target)
 
 
 @quick
@@ -339,6 +350,17 @@ def test_any_blocks_give_the_same_bytes_for_a_span(
     edit = projection(info_of(stored), len(before), span(hidden, seed + 1))
     whole = run(edit, stored)
     assert torch.equal(run(edit, stored, rows).view(torch.uint8), whole.view(torch.uint8))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", STORED)
+def test_a_tensor_that_is_little_but_the_span(dtype: str, axis: int) -> None:
+    projector = span(1024)
+    w = projector.v.T @ normal(5, 4, 50) + 1e-4 * normal(6, 1024, 50)
+    stored = (w if axis == 0 else w.T.contiguous()).to(DTYPES[dtype])
+    assert float((projector.v @ columns(stored, axis)).norm()) > 0.99 * float(columns(stored, axis).norm())
+    result = columns(edited(stored, axis, projector), axis)
+    assert float((projector.v @ result).norm()) <= tolerance(dtype, 1024, "writer") * float(result.norm())
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -1,6 +1,7 @@
 """docs/architectures.md: what the sweep found, for people."""
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -147,4 +148,4 @@ def _about(file: str) -> str:
         return "Found by gradients on a tiny twin of their own."
     lines = path.read_text("utf-8").splitlines()
     count = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-    return " ".join(line.removeprefix("#").strip() for line in lines[:count])
+    return textwrap.fill(" ".join(line.removeprefix("#").strip() for line in lines[:count]), 120)
