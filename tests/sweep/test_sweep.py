@@ -39,10 +39,10 @@ def look(case: Case, seed: int) -> Found:
     return Found(case.name, run_case(case, seed), beside_table(case, seed) if case.name in PROBED else None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest) -> Mapping[str, Found]:
     """Of the cases whose tests were picked, side by side."""
-    tests = [getattr(item, "callspec", None) for item in request.session.items]
+    tests = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
     picked = {name for test in tests if test is not None for name in test.params.values()}
     chosen = [case for name, case in cases().items() if name in picked and case.ci]
     return {found.name: found for found in each(look, chosen, os.cpu_count() or 1)}
