@@ -1,20 +1,15 @@
 """The pipeline: read a checkpoint, find the refusal direction, project it out of every writer, write, prove, report."""
 
-import hashlib
 import json
 import logging
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from abliterate.calibration.chat import make_chat_format
 from abliterate.calibration.load import load_tokenizer, pick_device
 from abliterate.certify.certificate import Certificate
-from abliterate.certify.stream import StreamResidual
 from abliterate.checkpoint.carry import carry_over, update_config
 from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.extend import TensorCopy, single_index
@@ -22,29 +17,25 @@ from abliterate.checkpoint.files import INDEX_SUFFIX
 from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.locate import Source, find
 from abliterate.checkpoint.output import Staging, check_target, staged
-from abliterate.checkpoint.rewrite import ShardRecord, rewrite_checkpoint
+from abliterate.checkpoint.rewrite import rewrite_checkpoint
+from abliterate.describing import describe
 from abliterate.direction.files import direction_bytes, load_direction
 from abliterate.edit.edits import build_edits
+from abliterate.errors import ArchitectureError
 from abliterate.evaluation.metrics import EvaluationSet, Measured, evaluate_model
 from abliterate.find import FoundDirection, find_in
+from abliterate.job import BaseFindings, Job, Written, command_of, output_bytes, unties
 from abliterate.measuring import discovered_tokens, evaluation_set
-from abliterate.prompting import Prompts, load_calibration
-from abliterate.proving import StreamText, Tongue, assemble, certify_stream, run_stream, stream_text, tongue_of
+from abliterate.prompting import load_calibration
+from abliterate.proving import assemble, certify_stream, run_stream, stream_text, tongue_of
 from abliterate.publish.card import render_card
 from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_manifest
 from abliterate.publish.plot import plot_selection
-from abliterate.recipe import Recipe, load_recipe, recipe_word
+from abliterate.recipe import Recipe, load_recipe
 from abliterate.record import (
     DIRECTION_FILE,
     EditRecord,
-    base_record,
     calibration_record,
-    certificate_record,
-    edit_record,
-    evaluation_record,
-    output_shards,
-    selection_record,
-    tool_record,
 )
 from abliterate.subject import RunOptions, Subject, load_model, open_subject, subject_at
 
@@ -65,43 +56,6 @@ class Conversion:
     holds: bool
     certificate: Certificate
     manifest: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything one conversion starts from."""
-
-    subject: Subject
-    recipe: Recipe
-    options: RunOptions
-    tongue: Tongue
-    prompts: Prompts
-    evaluate: bool
-    direction_file: Path | None
-    command: str
-
-
-@dataclass(frozen=True)
-class BaseFindings:
-    """What was learned from the unedited model before its weights left memory."""
-
-    direction: Tensor
-    direction_file: bytes
-    text: StreamText
-    stream: StreamResidual | None = None
-    found: FoundDirection | None = None
-    calibration: Mapping[str, Any] | None = None
-    data: EvaluationSet | None = None
-    evaluation: Measured | None = None
-
-
-@dataclass(frozen=True)
-class Written:
-    """What the rewrite left in the staging folder."""
-
-    shards: tuple[ShardRecord, ...]
-    edit: EditRecord
-    files: tuple[str, ...] = field(default=())
 
 
 def convert(
@@ -169,21 +123,8 @@ def prepare(
     file = Path(direction) if direction is not None else None
     if file is not None:
         load_direction(file, subject.plan.hidden_size)
-    command = _command(subject, chosen, file, options, evaluate)
+    command = command_of(subject, chosen, file, options, evaluate)
     return Job(subject, chosen, options, tongue, prompts, evaluate and tongue.tokenizer is not None, file, command)
-
-
-def output_bytes(job: Job) -> int:
-    """Size of the weights that will be written."""
-    plan, checkpoint = job.subject.plan, job.subject.checkpoint
-    added = (plan.untying or ()) if unties(job) else ()
-    return checkpoint.nbytes + sum(checkpoint.tensors[source].nbytes for source, _ in added)
-
-
-def unties(job: Job) -> bool:
-    """Whether the head is to keep the unedited embedding: not where that would take other shared tensors apart."""
-    plan = job.subject.plan
-    return plan.shares_edit and plan.untying is not None and job.recipe.edit.head == "untied"
 
 
 def study_base(job: Job) -> BaseFindings:
@@ -242,6 +183,11 @@ def write_edited(job: Job, findings: BaseFindings, folder: Path) -> Written:
 def prove(job: Job, findings: BaseFindings, folder: Path) -> tuple[Certificate, Measured | None]:
     """The certificate and the evaluation after, both on the stored files."""
     edited = subject_at(Source(folder, None, None, None), job.options.trust_remote_code, job.options.inexact)
+    if unties(job) and edited.plan.tied:
+        flags = " or ".join(job.subject.plan.tied_flags)
+        raise ArchitectureError(
+            f"transformers still ties the head, whatever {flags} says: use a recipe with head: tied"
+        )
     stream = certify_stream(edited, job.options, findings.text, findings.direction)
     strength = job.recipe.edit.strength
     certificate = assemble(
@@ -252,56 +198,6 @@ def prove(job: Job, findings: BaseFindings, folder: Path) -> tuple[Certificate, 
     model = load_model(edited, job.options, tokenizer=job.tongue.tokenizer)
     baseline = findings.evaluation.harmless_logits
     return certificate, evaluate_model(model, findings.data, baseline, job.options.progress, "after")
-
-
-def describe(
-    job: Job, findings: BaseFindings, written: Written, certificate: Certificate, edited: Measured | None
-) -> dict[str, Any]:
-    """The manifest."""
-    found, before = findings.found, findings.evaluation
-    thresholds = {k: v for k, v in job.recipe.as_dict()["selection"].items() if k != "exhaustive"}
-    return {
-        "schema": "abliteration/1",
-        "tool": tool_record(),
-        "base": base_record(job.subject, written.shards),
-        "recipe": job.recipe.as_dict(),
-        "calibration": findings.calibration,
-        "selection": selection_record(found.selection, thresholds) if found else None,
-        "direction": {
-            "file": DIRECTION_FILE,
-            "sha256": hashlib.sha256(findings.direction_file).hexdigest(),
-            "source": "calibrated" if found else "file",
-            "hidden_size": job.subject.plan.hidden_size,
-        },
-        "edit": edit_record(job.subject, job.recipe, written.edit, certificate),
-        "certificate": certificate_record(certificate),
-        "evaluation": evaluation_record(before.evaluation, edited.evaluation) if before and edited else None,
-        "output": {"shards": output_shards(written.shards), "files": list(written.files)},
-        "warnings": warnings_of(job, findings, certificate),
-        "reproduce": job.command,
-    }
-
-
-def warnings_of(job: Job, findings: BaseFindings, certificate: Certificate) -> list[str]:
-    """What a user has to know before using the result."""
-    warnings = []
-    if findings.found and findings.found.selection.choice.relaxed:
-        warnings.append(f"selection relaxed: {findings.found.selection.choice.reason}")
-    if not certificate.exact:
-        warnings.append(certificate.claim)
-    elif not certificate.holds:
-        warnings.append(f"certificate failed: {certificate.failure}")
-    if job.subject.plan.shares_edit and job.recipe.edit.head == "untied" and not unties(job):
-        warnings.append("the head stays tied: untying it would take other shared tensors of this model apart")
-    if job.subject.plan.probed and job.subject.plan.inexact is None:
-        warnings.append("an architecture that is not in the table: its writers were found, and proved, on a tiny twin")
-    if findings.text.unseen is not None:
-        warnings.append(f"no picture ran through the model, so only its text part is proved: {findings.text.unseen}")
-    if job.tongue.tokenizer is None:
-        warnings.append("no tokenizer: nothing was evaluated, and random tokens ran through the model")
-    if job.evaluate and job.tongue.chat is None:
-        warnings.append("no chat template: refusals were not measured")
-    return warnings
 
 
 def publish_files(
@@ -325,33 +221,6 @@ def _finish(staging: Staging, certificate: Certificate, manifest: Mapping[str, A
     holds = certificate.holds or not certificate.exact
     folder = staging.publish() if holds else staging.publish_failed()
     return Conversion(folder, holds, certificate, manifest)
-
-
-def _command(subject: Subject, recipe: Recipe, direction: Path | None, options: RunOptions, evaluate: bool) -> str:
-    """The command that makes the same bytes again."""
-    words: list[str] = ["abliterate", "convert", subject.name, "OUT", "--recipe", recipe_word(recipe)]
-    source = subject.source
-    optional: Sequence[tuple[str, object]] = (
-        ("--revision", source.commit or source.revision),
-        ("--direction", DIRECTION_FILE if direction else None),
-        ("--harmful", None if recipe.calibration.harmful == "builtin" else recipe.calibration.harmful),
-        ("--harmless", None if recipe.calibration.harmless == "builtin" else recipe.calibration.harmless),
-        ("--template", options.template),
-        ("--system-prompt", options.system_prompt),
-        ("--dtype", None if options.dtype == "auto" else options.dtype),
-        ("--batch-size", options.batch_size),
-        ("--seed", options.seed or None),
-    )
-    for flag, value in optional:
-        words += [flag, str(value)] if value is not None else []
-    switches = {
-        "--exhaustive": recipe.selection.exhaustive and not direction,
-        "--inexact": options.inexact and subject.plan.inexact is not None,
-        "--trust-remote-code": options.trust_remote_code,
-        "--no-evaluate": not evaluate,
-    }
-    words += [flag for flag, on in switches.items() if on]
-    return shlex.join(words)
 
 
 def to_json(conversion: Conversion) -> str:

@@ -8,7 +8,8 @@ from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.glimpse import glimpse
 from abliterate.checkpoint.output import check_target
-from abliterate.conversion import Job, output_bytes, prepare
+from abliterate.conversion import prepare
+from abliterate.job import Job, output_bytes
 from abliterate.recipe import Recipe
 from abliterate.subject import RunOptions, subject_at
 
