@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from abliterate.architecture.blueprint import read_blueprint
-from abliterate.architecture.entry import find_entry
+from abliterate.architecture.entry import check_type, find_entry
 from abliterate.architecture.plan import plan_architecture
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.load import load_resident, load_tokenizer, pick_device, pick_dtype
@@ -106,13 +106,16 @@ def plan_of(checkpoint: Checkpoint, trust_remote_code: bool = False, inexact: bo
         ArchitectureError: see `plan_architecture` and `probed_entry`; of a type that cannot be exact, why, and how much
             of the direction would stay.
     """
-    if not isinstance(checkpoint.config.get("model_type"), str):
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str):
         return plan_architecture(checkpoint)
-    blueprint = read_blueprint(checkpoint.folder, checkpoint.config, trust_remote_code)
     try:
+        check_type(model_type)
+        blueprint = read_blueprint(checkpoint.folder, checkpoint.config, trust_remote_code)
         entry = find_entry(checkpoint.config, blueprint) or probed_entry(checkpoint, trust_remote_code)
     except RefusedError as refusal:
         entry = inexact_entry(checkpoint, trust_remote_code, refusal, inexact)
+        blueprint = read_blueprint(checkpoint.folder, checkpoint.config, trust_remote_code)
     return plan_architecture(checkpoint, trust_remote_code, entry, blueprint)
 
 

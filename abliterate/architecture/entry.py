@@ -49,6 +49,17 @@ def find_entry(config: Mapping[str, Any], blueprint: Blueprint, table: Table | N
     return Entry(family, outer.outside, _refused(model_type, (outer, family), settings))
 
 
+def check_type(model_type: str, table: Table | None = None) -> None:
+    """Stops for types that no config makes convertible, before anything is built of theirs.
+
+    Raises:
+        RefusedError: with the table's reason.
+    """
+    families = [family for family in (table or load_table()).families if model_type in family.types]
+    if families and all(family.refused is not None and not family.when for family in families):
+        _refused(model_type, tuple(families), {})
+
+
 def settings_of(blueprint: Blueprint) -> dict[str, Any]:
     """What the text decoder's config says, transformers' defaults filled in."""
     config = blueprint.model.config

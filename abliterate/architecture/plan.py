@@ -58,6 +58,7 @@ class _Planner:
         check_complete(self._matches, account.embedding, blueprint, self._model_type)
         for match in self._matches:
             self._check(match)
+        self._check_beyond()
         self._scopes = self._layer_scopes()
         offset = self._entry.text.gain_offset
         self._boundaries, self._join = skip_paths(self._entry.text.skip, self._scopes, self._stored, offset)
@@ -110,11 +111,25 @@ class _Planner:
                 "the unquantized original"
             )
 
+    def _check_beyond(self) -> None:
+        """Layers that config.json does not count are for next-token prediction, and not those of a forged count."""
+        ahead = (match for match in self._matches if match.ahead and match.layer is not None)
+        numbered = {match.scope: match for match in ahead if match.rule is not None}
+        beyond = self._entry.text.beyond
+        for match in self._matches:
+            if beyond.find(match.info.name.removeprefix(match.scope)) is not None:
+                numbered.pop(match.scope, None)
+        if numbered:
+            match = next(iter(numbered.values()))
+            raise ArchitectureError(
+                f"tensor {match.info.name} is in a layer beyond those of config.json, which is none for next-token "
+                "prediction either: config.json counts too few layers"
+            )
+
     def _unaccounted(self, match: Match) -> ArchitectureError:
         info = match.info
-        where = "is in a layer that config.json does not count, and" if match.ahead else "is"
         return ArchitectureError(
-            f"tensor {info.name} {list(info.shape)} {where} not accounted for in {self._model_type}: it may write to "
+            f"tensor {info.name} {list(info.shape)} is not accounted for in {self._model_type}: it may write to "
             "the residual stream, so no edit could be called exact"
         )
 

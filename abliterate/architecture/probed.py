@@ -54,7 +54,7 @@ def _check_used(model_type: str, probe: Probe, twin: Blueprint, unused: Collecti
     """Of what is as wide as the stream, everything was in use, or is as something that was (experts)."""
     found = {found.parameter for found in probe.found}
     used = {fold_numbers(name) for name in twin.shapes if name not in unused}
-    for name in unused:
+    for name in sorted(unused):
         wide = twin.hidden_size in twin.shapes.get(name, ())
         if wide and name not in found and fold_numbers(name) not in used:
             raise ArchitectureError(

@@ -12,6 +12,8 @@ Part = Mapping[str, Any]
 KINDS = ("embedding", "position", "attention", "mlp", "mixer", "projector", "bias")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _PART_KEYS = frozenset(("writes", "reads", "norms", "inside"))
+_GAIN_KEYS = frozenset(("norm", "center", "taps"))
+_WRITER_KEYS = frozenset(("kind", "axis", "of", "may_be_narrow"))
 _REASONS = {
     "reads": ("reader", "reads the stream, or works within a sublayer"),
     "norms": ("norm", "normalises the stream for a reader, or a sublayer's output"),
@@ -39,6 +41,7 @@ def steps(gain: Any) -> tuple[StepRule, ...]:
         return tuple(step for item in gain for step in steps(item))
     if isinstance(gain, str):
         return (StepRule("scale", gain),)
+    require(set(gain) <= _GAIN_KEYS, f"unknown keys in a gain: {sorted(set(gain) - _GAIN_KEYS)}")
     if "taps" in gain:
         return (StepRule("taps", gain["taps"]),)
     scale = StepRule("scale", gain["norm"])
@@ -83,6 +86,9 @@ class PartReader:
 
     def _writes(self, module: str, facts: Any) -> dict[str, Rule]:
         facts = {"kind": facts} if isinstance(facts, str) else facts
+        require(
+            set(facts) <= _WRITER_KEYS, f"{self._name}: unknown keys of {module}: {sorted(set(facts) - _WRITER_KEYS)}"
+        )
         kind, of = facts["kind"], facts.get("of", 2)
         axis = facts.get("axis", 0)
         axes = tuple(axis) if isinstance(axis, list) else (axis,)

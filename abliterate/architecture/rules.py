@@ -9,6 +9,7 @@ from typing import Any, Literal
 from abliterate.architecture.writer import Role
 
 Settings = Mapping[str, Any]
+_MOST_NUMBERS = 6
 _NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?![^.])")
 
 
@@ -160,6 +161,8 @@ def _above(name: str) -> Iterator[str]:
 def _foldings(name: str) -> Iterator[str]:
     """The name with `*` for none, some and all of its numbers: a rule may be for one number alone."""
     parts = name.split(".")
+    if sum(bool(_NUMBER.fullmatch(part)) for part in parts) > _MOST_NUMBERS:
+        return iter((name, fold_numbers(name)))
     choices = [(part, "*") if _NUMBER.fullmatch(part) else (part,) for part in parts]
     return map(".".join, itertools.product(*choices))
 

@@ -23,7 +23,8 @@ A part says, of modules by their names,
 - `stem`, `layer`: lists of parts, by name or written out, for tensors outside of layers and in them;
 - `gains: {MODULE: GAIN}`: what stands between a writer's output and the stream: a norm by its name, a list of norms,
   the one nearest to the stream first, `{norm: NORM, center: true}` for a LayerNorm, `{taps: CONV}` for a depthwise
-  convolution added to its own input. `gain_offset`: added to the weights of norms (1 for Gemma 2 and 3);
+  convolution added to its own input; a layer without the norm has no
+  such gain. `gain_offset`: added to the weights of norms (1 for Gemma 2 and 3);
 - `skip`: where the skip path itself has gains, what the stream meets in a layer, in order: norms and gains, and the
   modules whose output is added there;
 - `beyond`: further parts of next-token-prediction layers, which have numbers that config.json does not count; `mtp:
@@ -142,6 +143,8 @@ def read_family(name: str, entry: Entry, parts: Mapping[str, Part]) -> Family:
     reader = PartReader(name, parts, gains, [item["norm"] if isinstance(item, Mapping) else item for item in passed])
     layer = reader.rules(entry.get("layer", ()))
     mtp = entry.get("mtp")
+    strange = sorted(set(mtp or ()) - {"prefix", "layers", "block", "stem"})
+    require(not strange, f"{name}: unknown keys in mtp: {strange}")
     return Family(
         name=name,
         types=tuple(entry["types"]),

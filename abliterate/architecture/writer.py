@@ -84,7 +84,7 @@ class Plan:
         tied: the output head shares the embedding.
         embedding: name of the token embedding. `head`: of the output head, stored or as untying would write it.
         tied_flags: dotted keys of config.json that untying sets to false.
-        writers: as a forward pass meets them, embeddings first.
+        writers: embeddings first, then what is beside the layers, then layer by layer.
         roles: every tensor, in the checkpoint's order.
         boundaries: for the input of each layer and, last, the final norm's: what the stream passes from there to its
             end; empty where nothing but additions stands on the skip path.

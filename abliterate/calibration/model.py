@@ -57,11 +57,20 @@ def capture_inputs(layers: Sequence[nn.Module], where: Tensor, width: int) -> It
     """Collects the input of each layer at `where` [rows, positions]: [rows, positions, hidden] by the layer's number.
 
     Of a layer that runs several times it is the last, of several streams (hyper-connections) their mean.
+
+    Raises:
+        CalibrationError: the layers see other tokens than the prompts', so that positions cannot be told.
     """
+    longest = int(where.max()) + 1 if where.numel() else 0
     taken: dict[int, Tensor] = {}
     rows = torch.arange(len(where))[:, None]
 
     def keep(number: int, hidden: Tensor) -> Tensor:
+        if hidden.shape[:2] != (len(where), longest):
+            raise CalibrationError(
+                f"the decoder layers see {list(hidden.shape[:2])} tokens of prompts {[len(where), longest]}: positions "
+                "cannot be told"
+            )
         chosen = hidden[rows, where].float().cpu()
         taken[number] = chosen.reshape(*where.shape, -1, width).mean(dim=-2)
         return hidden

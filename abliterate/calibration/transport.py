@@ -38,13 +38,17 @@ class Transport:
 
         A LayerNorm on the way takes off the mean over channels, which a direction behind it therefore cannot have.
         """
-        found = vector.double()
-        for step in reversed(self._boundaries[layer]):
+        found, left = vector.double(), list(reversed(self._boundaries[layer]))
+        for number, step in enumerate(left):
             if step.tensor is None:
                 found = found - found.mean()
                 continue
             gain = gain_of(step, self._read(step.tensor).double().cpu())
             usable = gain.abs() > _TINY * gain.square().mean().sqrt()
-            found = torch.where(usable, found / torch.where(usable, gain, 1.0), 0.0)
+            inverse = torch.where(usable, 1 / torch.where(usable, gain, 1.0), 0.0)
+            if any(later.tensor is None for later in left[number + 1 :]):
+                # The next LayerNorm takes a mean off as well: of all that this one makes the same, the one without.
+                found = found - (found * inverse).sum() / inverse.sum()
+            found = found * inverse
             found = found / found.norm()
         return found

@@ -111,7 +111,8 @@ def measure_picture(
 def joined(first: StreamResidual, second: StreamResidual) -> StreamResidual:
     """The larger of two measurements at every place; NaN wins."""
     layers = torch.maximum(torch.tensor(first.layers), torch.tensor(second.layers)).tolist()
-    writers = {name: max(value, second.writers.get(name, 0.0)) for name, value in first.writers.items()}
+    pairs = {name: (value, second.writers.get(name, 0.0)) for name, value in first.writers.items()}
+    writers = {name: float(torch.tensor(pair).max()) for name, pair in pairs.items()}
     return StreamResidual(tuple(layers), first.tokens + second.tokens, writers)
 
 

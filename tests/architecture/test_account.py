@@ -212,7 +212,8 @@ def test_a_gain_there_is_looked_for_in_the_same_layer(checkpoint: Checkpoints) -
 
 def test_a_skip_path_is_that_of_the_main_layers(checkpoint: Checkpoints) -> None:
     """What comes after the last layer passes nothing; what comes before the first passes everything."""
-    added = {"model.layers.3.mlp.down_proj.weight": torch.zeros(H, 3)}
+    names_ahead = {"mlp.down_proj": (H, 3), "eh_proj": (H, 2 * H)}
+    added = {f"model.layers.3.{name}.weight": torch.zeros(shape) for name, shape in names_ahead.items()}
     skip = ["input_layernorm", "self_attn.o_proj", "mlp.down_proj"]
     beyond = [{"writes": {"eh_proj": "projector"}}]
     plan = with_entry(checkpoint("llama", add=added), skip=skip, beyond=beyond)

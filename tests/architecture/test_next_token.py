@@ -212,3 +212,10 @@ def test_one_there_that_is_quantized(checkpoint: Checkpoints) -> None:
     base, name = checkpoint("deepseek_v3"), "model.layers.3.eh_proj.weight"
     wrong = deepseek(base) | {name: torch.zeros(H, 2 * H).to(torch.float8_e4m3fn)}
     refused(pico.rewrite(base, add=wrong), name, "F8_E4M3", "unquantized")
+
+
+def test_decoder_layers_do_not_pass_for_next_token_layers(checkpoint: Checkpoints) -> None:
+    """A count in config.json that is too small would leave the last layers out of the forward pass."""
+    refused(
+        checkpoint("deepseek_v3", config={"num_hidden_layers": 2}), "layers.2.", "config.json counts too few layers"
+    )

@@ -172,3 +172,14 @@ DAMAGES: list[tuple[Any, str]] = [
 def test_damage_is_named(part: Any, problem: str) -> None:
     with pytest.raises(ArchitectureError, match=f"the table of architectures is damaged: f: {problem}"):
         read("attention", part)
+
+
+@pytest.mark.parametrize("facts", [{"kind": "mlp", "axs": 1}, {"kind": "mlp", "axis": 0, "dims": 2}])
+def test_unknown_keys_of_a_writer(facts: dict[str, Any]) -> None:
+    with pytest.raises(ArchitectureError, match="unknown keys of out: "):
+        PartReader("mine", {}, {}, []).rules([{"writes": {"out": facts}}])
+
+
+def test_unknown_keys_of_a_gain() -> None:
+    with pytest.raises(ArchitectureError, match=r"unknown keys in a gain: \['centre'\]"):
+        steps({"norm": "post", "centre": True})

@@ -112,3 +112,13 @@ def test_refusals() -> None:
     assert given.applies({"a": [1]}) and given.applies({"a": "x"})
     silent: tuple[object, ...] = (None, [], 0, False)
     assert not any(given.applies({"a": nothing}) for nothing in silent) and not given.applies({})
+
+
+@pytest.mark.timeout(5)
+def test_a_name_of_nothing_but_numbers() -> None:
+    """Of what can stand in a file every name is looked up at once."""
+    name = ".".join(["7"] * 60)
+    rule = Rule("reader", "reads", "x")
+    assert Rules().find(name) is None
+    assert Rules(exact={name: rule}).find(name) is rule
+    assert Rules(exact={fold_numbers(name): rule}).find(name) is rule

@@ -246,3 +246,15 @@ def test_text_of_a_completion_has_no_special_tokens() -> None:
     tokenizer = byte_tokenizer(["<|end|>"])
     made = resident(llama(layers=1), tokenizer=tokenizer)
     assert made.decode(tokenizer("<s> Hello, you \n<|end|>")["input_ids"]) == "Hello, you"
+
+
+def test_positions_that_cannot_be_told(model: ResidentModel) -> None:
+    """An architecture that puts tokens of its own before the prompt would be read at the wrong places."""
+    whole = model.model.get_input_embeddings()
+    longer = whole.register_forward_hook(lambda _m, _a, out: torch.cat([out[:, :1], out], dim=1))
+    try:
+        with pytest.raises(CalibrationError, match="positions cannot be told|does not run"):
+            list(model.forward(random_prompts(2), positions=2))
+    finally:
+        longer.remove()
+    assert next(iter(model.forward(random_prompts(2), positions=2))).hidden is not None

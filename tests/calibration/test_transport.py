@@ -94,3 +94,12 @@ def test_rows_without_a_direction_stay_without(dtype: torch.dtype) -> None:
     alone = pull_back(directions[:1].double(), scales(2), lambda name: gain(int(name)))
     torch.testing.assert_close(found[:1], alone.to(dtype))
     assert not bool(made.at_writer(0, torch.zeros(3, H)).any())
+
+
+@pytest.mark.parametrize("norms", [1, 2, 8])
+def test_through_several_layer_norms(norms: int) -> None:
+    """Pulled back from the end, the direction is what it was at the layer, less its mean, however many norms follow."""
+    path = tuple(step for i in range(norms) for step in (Step("scale", str(i)), CENTER))
+    r = unit(normal(9, H))
+    back = pull_back(transport([path], seed=3).at_end(0, r)[None], path, lambda name: gain(3 + int(name)))[0]
+    torch.testing.assert_close(back.abs(), unit(r - r.mean()).abs(), rtol=0, atol=1e-9)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from abliterate.certify.stream import StreamResidual, measure_stream
+from abliterate.certify.stream import StreamResidual, joined, measure_stream
 from tests.resident import HIDDEN, VOCABULARY, llama, random_prompts, random_units, resident, writers_of
 
 LAYERS, TOLERANCE = 3, 1e-6
@@ -187,3 +187,11 @@ def test_a_layer_that_waits_for_an_image(absent: int) -> None:
     others = [value for i, value in enumerate(measured.layers) if i != absent]
     assert others == pytest.approx([expected[str(i)] for i in range(LAYERS)], rel=1e-4)
     assert not measure_stream(held, PROMPTS, R).holds(math.inf), "not proved where it was not said"
+
+
+def test_the_larger_of_two_measurements_counts_and_nan_wins() -> None:
+    first = StreamResidual((0.1, 0.3), 5, {"a": 0.1, "b": 0.4})
+    second = StreamResidual((0.2, math.nan), 7, {"a": math.nan, "b": 0.2})
+    both = joined(first, second)
+    assert both.layers[0] == pytest.approx(0.2) and math.isnan(both.layers[1]) and math.isnan(both.worst)
+    assert both.tokens == 12 and math.isnan(both.writers["a"]) and both.writers["b"] == pytest.approx(0.4)
