@@ -253,7 +253,7 @@ def test_positions_that_cannot_be_told(model: ResidentModel) -> None:
     whole = model.model.get_input_embeddings()
     longer = whole.register_forward_hook(lambda _m, _a, out: torch.cat([out[:, :1], out], dim=1))
     try:
-        with pytest.raises(CalibrationError, match="positions cannot be told|does not run"):
+        with pytest.raises(CalibrationError, match=r"positions cannot be told|does not run"):
             list(model.forward(random_prompts(2), positions=2))
     finally:
         longer.remove()
