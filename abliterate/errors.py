@@ -43,3 +43,8 @@ class EditError(AbliterateError):
 
 class OutputError(AbliterateError):
     """The output folder cannot be used, or writing to it failed."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of any library says, in one line: the first of its message, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

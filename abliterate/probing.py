@@ -50,6 +50,12 @@ class ProbedEntry:
     residual: float
     before: float
 
+    def as_entry(self, inexact: str | None = None) -> Entry:
+        """The entry as plans take it; `inexact`: why no direction is exact."""
+        ((name, content),) = self.entry.items()
+        family = read_family(name, content, {})
+        return Entry(family, family.outside, inexact=inexact, probed=True)
+
     def text(self) -> str:
         """The entry as a file of families/ would have it."""
         return yaml.safe_dump(dict(self.entry), sort_keys=False, width=118, default_flow_style=None)
@@ -61,10 +67,7 @@ def probed_entry(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Ent
     Raises:
         ArchitectureError: no tiny twin can be built, or no edit of it is exact.
     """
-    probed = probe_type(checkpoint, trust_remote_code)
-    (name, content), *_ = probed.entry.items()
-    family = read_family(name, content, {})
-    return Entry(family, family.outside, probed=True)
+    return probe_type(checkpoint, trust_remote_code).as_entry()
 
 
 def probe_type(checkpoint: Checkpoint, trust_remote_code: bool = False) -> ProbedEntry:
@@ -95,9 +98,7 @@ def inexact_entry(checkpoint: Checkpoint, trust_remote_code: bool, refusal: Refu
         raise RefusedError(
             f"{refusal}; on a tiny twin {left}. --inexact converts all the same, and certifies nothing", refusal.why
         )
-    (name, content), *_ = probed.entry.items()
-    family = read_family(name, content, {})
-    return Entry(family, family.outside, inexact=refusal.why, probed=True)
+    return probed.as_entry(inexact=refusal.why)
 
 
 @functools.lru_cache(maxsize=2)

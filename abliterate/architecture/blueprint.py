@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.utils import logging as transformers_logging
 
-from abliterate.errors import ArchitectureError
+from abliterate.errors import ArchitectureError, first_line
 
 _HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd", "emb_dim", "dim")
 MOST_LAYERS = 10_000
@@ -167,7 +167,7 @@ def _cached(folder: Path, config: str, trust_remote_code: bool) -> Blueprint:
     except Exception as error:  # whatever a config of wrong values makes a model's code raise
         raise ArchitectureError(
             f"transformers {transformers.__version__} cannot build a {content.get('model_type')} from this "
-            f"config.json: {_first_line(error)}"
+            f"config.json: {first_line(error)}"
         ) from error
 
 
@@ -287,7 +287,3 @@ def _weight_of(wanted: Any, model: nn.Module) -> str | None:
             matrices = [key for key, parameter in module.named_parameters() if parameter.dim() == 2]
             return f"{name}.{matrices[0]}" if matrices else None
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from abliterate.architecture.rules import fold_numbers
 from abliterate.errors import ArchitectureError
 
 
-def check_complete(matches: Sequence[Match], embedding: str, blueprint: Blueprint, model_type: str) -> None:
+def check_complete(matches: Sequence[Match], blueprint: Blueprint, model_type: str) -> None:
     """Holds the stored tensors against the parameters.
 
     Raises:

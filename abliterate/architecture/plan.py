@@ -55,7 +55,7 @@ class _Planner:
     def plan(self) -> Plan:
         """See `plan_architecture`."""
         account, blueprint = self._account, self._blueprint
-        check_complete(self._matches, account.embedding, blueprint, self._model_type)
+        check_complete(self._matches, blueprint, self._model_type)
         for match in self._matches:
             self._check(match)
         self._check_beyond()
@@ -117,8 +117,8 @@ class _Planner:
         numbered = {match.scope: match for match in ahead if match.rule is not None}
         beyond = self._entry.text.beyond
         for match in self._matches:
-            if beyond.find(match.info.name.removeprefix(match.scope)) is not None:
-                numbered.pop(match.scope, None)
+            if match.scope in numbered and beyond.find(match.info.name.removeprefix(match.scope)) is not None:
+                del numbered[match.scope]
         if numbered:
             match = next(iter(numbered.values()))
             raise ArchitectureError(

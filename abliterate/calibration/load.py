@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.model import ResidentModel
 from abliterate.calibration.tour import find_stream
-from abliterate.errors import AbliterateError, ArchitectureError, CalibrationError, CheckpointError
+from abliterate.errors import AbliterateError, ArchitectureError, CalibrationError, CheckpointError, first_line
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,7 +70,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # what the libraries raise for damaged files has no common base
-        raise CalibrationError(f"no usable tokenizer in {folder}: {_first_line(error)}") from error
+        raise CalibrationError(f"no usable tokenizer in {folder}: {first_line(error)}") from error
     # Where no tokenizer's files are there, transformers makes an empty one for some families (Qwen, Gemma, GPT-2).
     if set(tokenizer("plain words", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
         raise CalibrationError(f"no usable tokenizer in {folder}: it has no vocabulary")
@@ -81,10 +81,6 @@ def has_tokenizer(folder: Path) -> bool:
     """Whether the checkpoint brings any file of a tokenizer."""
     patterns = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
     return any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_resident(
@@ -128,7 +124,7 @@ def _load(folder: Path, plan: Plan, device: torch.device, dtype: torch.dtype, tr
                 output_loading_info=True,
             )
         except Exception as error:  # damaged weights and configs raise errors of many kinds, some of them plain ones
-            reason = _first_line(error)
+            reason = first_line(error)
             raise CheckpointError(f"transformers {transformers.__version__} cannot load {folder}: {reason}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if report.get(kind):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from abliterate.calibration.load import quiet_transformers
-from abliterate.errors import CalibrationError
+from abliterate.errors import CalibrationError, first_line
 
 SIDE = 224
 QUESTION = "What is in the picture?"
@@ -41,8 +41,7 @@ def picture_inputs(folder: Path, trust_remote_code: bool = False) -> Mapping[str
                 raise CalibrationError("it takes no pictures")
             inputs = processor(images=[picture()], text=[_question(processor)], return_tensors="pt")
         except Exception as error:  # what processors of hundreds of kinds raise has no common base
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CalibrationError(f"no usable image processor in {folder.name}: {reason}") from error
+            raise CalibrationError(f"no usable image processor in {folder.name}: {first_line(error)}") from error
     return {key: value for key, value in dict(inputs).items() if isinstance(value, torch.Tensor)}
 
 

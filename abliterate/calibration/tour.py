@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from abliterate.architecture.writer import Plan, Writer
 from abliterate.calibration.hooks import Stream, tensors_in
 from abliterate.calibration.transport import Transport
-from abliterate.errors import AbliterateError, ArchitectureError, CalibrationError
+from abliterate.errors import AbliterateError, ArchitectureError, CalibrationError, first_line
 
 ROWS, TOKENS = 2, 4
 EACH, POSITIONS = "tokens", "positions"
@@ -119,13 +119,10 @@ def _rows_of(output: Tensor, hidden: int) -> str:
 
 def _run(model: nn.Module) -> None:
     device = next(model.parameters()).device
-    ids = torch.arange(ROWS * TOKENS, device=device).reshape(ROWS, TOKENS) % _vocabulary(model)
-    run(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})
-
-
-def _vocabulary(model: nn.Module) -> int:
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return min(max(8, int(next(embedding.parameters()).shape[0])), 1 << 30)
+    tokens = next(embedding.parameters()).shape[0]
+    ids = torch.arange(ROWS * TOKENS, device=device).reshape(ROWS, TOKENS) % tokens
+    run(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -150,9 +147,8 @@ def failing(model: nn.Module) -> Iterator[None]:
     except (torch.OutOfMemoryError, AbliterateError):
         raise
     except Exception as error:  # code of hundreds of architectures raises errors of every kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CalibrationError(
-            f"{type(model).__name__} of transformers {transformers.__version__} does not run: {reason}"
+            f"{type(model).__name__} of transformers {transformers.__version__} does not run: {first_line(error)}"
         ) from error
 
 

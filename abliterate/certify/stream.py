@@ -75,7 +75,7 @@ def measure_stream(
             last at the end.
     """
     count = len(model.stream.layers)
-    bearings = direction.double().cpu().expand(count + 1, -1) if pulled is None else pulled.double().cpu()
+    bearings = _bearings(direction, pulled, count)
     names = boundary_names(count)
     ratios: dict[str, float] = {}
     with progress.bar("certificate", len(prompts), "prompt") as advance:
@@ -98,7 +98,7 @@ def measure_picture(
         inputs: of the model's forward pass, one row.
     """
     count = len(model.stream.layers)
-    bearings = direction.double().cpu().expand(count + 1, -1) if pulled is None else pulled.double().cpu()
+    bearings = _bearings(direction, pulled, count)
     given = {name: value.to(model.device) for name, value in inputs.items()}
     ratios: dict[str, float] = {}
     watch = _Watch(torch.ones_like(given["input_ids"], dtype=torch.bool), ratios)
@@ -114,6 +114,11 @@ def joined(first: StreamResidual, second: StreamResidual) -> StreamResidual:
     pairs = {name: (value, second.writers.get(name, 0.0)) for name, value in first.writers.items()}
     writers = {name: float(torch.tensor(pair).max()) for name, pair in pairs.items()}
     return StreamResidual(tuple(layers), first.tokens + second.tokens, writers)
+
+
+def _bearings(direction: Tensor, pulled: Tensor | None, layers: int) -> Tensor:
+    """r at every boundary, [layers + 1, hidden] fp64."""
+    return (direction.expand(layers + 1, -1) if pulled is None else pulled).double().cpu()
 
 
 def boundary_names(layers: int) -> list[str]:
