@@ -146,6 +146,9 @@ def test_what_gradients_do_not_see_is_refused(own_code: Path, tmp_path: Path) ->
     (folder / "modeling_mine.py").write_text(hiding)
     with pytest.raises(ArchitectureError, match="not in the table"):
         probe_type(open_checkpoint(folder), trust_remote_code=True)
+    ran = run_here("plan", folder, "--trust-remote-code")
+    assert ran.code == 1 and "would stay along the direction" in ran.err and "--inexact" in ran.err
+    assert run_here("plan", folder, "--trust-remote-code", "--inexact").code == 0
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from abliterate.calibration.hooks import NOTHING, Steer
-from abliterate.calibration.model import ResidentModel, pad
+from abliterate.calibration.model import ResidentModel, capture_inputs, pad
 from abliterate.errors import CalibrationError
 from tests.resident import END, HIDDEN, byte_tokenizer, gpt2, llama, random_prompts, random_units, resident, writers_of
 
@@ -248,13 +248,12 @@ def test_text_of_a_completion_has_no_special_tokens() -> None:
     assert made.decode(tokenizer("<s> Hello, you \n<|end|>")["input_ids"]) == "Hello, you"
 
 
-def test_positions_that_cannot_be_told(model: ResidentModel) -> None:
+def test_positions_that_cannot_be_told() -> None:
     """An architecture that puts tokens of its own before the prompt would be read at the wrong places."""
-    whole = model.model.get_input_embeddings()
-    longer = whole.register_forward_hook(lambda _m, _a, out: torch.cat([out[:, :1], out], dim=1))
-    try:
-        with pytest.raises(CalibrationError, match=r"positions cannot be told|does not run"):
-            list(model.forward(random_prompts(2), positions=2))
-    finally:
-        longer.remove()
-    assert next(iter(model.forward(random_prompts(2), positions=2))).hidden is not None
+    layer, where = nn.Identity(), torch.tensor([[1, 2], [3, 4]])
+    with capture_inputs([layer], where, 8) as taken:
+        layer(torch.ones(2, 5, 8))
+        assert taken[0].shape == (2, 2, 8)
+        for shape in ((2, 7, 8), (1, 5, 8)):
+            with pytest.raises(CalibrationError, match="positions cannot be told"):
+                layer(torch.ones(shape))
