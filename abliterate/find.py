@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from abliterate.calibration.chat import ChatFormat
-from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.model import LanguageModel
 from abliterate.checkpoint.diskio import check_file_target, write_file
 from abliterate.direction.files import direction_bytes
 from abliterate.direction.means import Directions, difference, mean_hidden
@@ -63,7 +63,7 @@ def thresholds_of(recipe: SelectionRecipe) -> Thresholds:
 
 
 def find_in(
-    model: ResidentModel, chat: ChatFormat, prompts: Prompts, recipe: Recipe, progress: Progress
+    model: LanguageModel, chat: ChatFormat, prompts: Prompts, recipe: Recipe, progress: Progress
 ) -> FoundDirection:
     """Finds the direction of a loaded model.
 
@@ -104,7 +104,7 @@ def positions_of(chat: ChatFormat, recipe: Recipe) -> int:
 
 
 def _refusal_tokens(
-    model: ResidentModel,
+    model: LanguageModel,
     harmful: list[list[int]],
     harmless: list[list[int]],
     recipe: Recipe,

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.model import LanguageModel
 from abliterate.direction.refusal_tokens import find_refusal_tokens
 from abliterate.errors import AbliterateError, CalibrationError
 from abliterate.evaluation.metrics import Evaluation, EvaluationSet, evaluate_model
@@ -88,7 +88,7 @@ def _speaking(subject: Subject, options: RunOptions, recipe: Recipe) -> Tongue:
     return tongue
 
 
-def _loaded(subject: Subject, options: RunOptions, tongue: Tongue) -> ResidentModel:
+def _loaded(subject: Subject, options: RunOptions, tongue: Tongue) -> LanguageModel:
     return load_model(subject, options, tokenizer=tongue.tokenizer)
 
 
@@ -112,7 +112,7 @@ def _refusal_tokens(
 
 
 def discovered_tokens(
-    model: ResidentModel, tongue: Tongue, prompts: Prompts, progress: Progress
+    model: LanguageModel, tongue: Tongue, prompts: Prompts, progress: Progress
 ) -> tuple[int, ...] | None:
     """Refusal tokens found from the model's completions; None, with a note, where it does not refuse enough."""
     if tongue.chat is None:

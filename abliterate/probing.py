@@ -23,7 +23,7 @@ from abliterate.architecture.table import read_family
 from abliterate.architecture.twin import build_twin, twin_config
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.load import quiet_transformers
-from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.tour import find_stream, run
 from abliterate.certify.stream import measure_stream
 from abliterate.certify.weights import FULL_PRECISION
@@ -171,7 +171,7 @@ def _residuals(checkpoint: Checkpoint, plan: Plan, model_class: Any, out: Path) 
     worst = []
     for folder in (out, checkpoint.folder):
         model = model_class.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-        resident = ResidentModel(model, None, find_stream(model, plan), model.get_output_embeddings(), _PROMPTS)
+        resident = LanguageModel(model, None, find_stream(model, plan), model.get_output_embeddings(), _PROMPTS)
         prompts = some_tokens(model, HIDDEN, 1)[:_PROMPTS].tolist()
         worst.append(measure_stream(resident, prompts, direction, pulled=pulled).worst)
     return worst[0], worst[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from abliterate.calibration.chat import ChatFormat, make_chat_format
 from abliterate.calibration.load import has_tokenizer, load_tokenizer
-from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.pictures import picture_inputs
 from abliterate.calibration.prompts import builtin
 from abliterate.certify.certificate import Certificate, TextKind
@@ -104,14 +104,14 @@ def certify_stream(subject: Subject, options: RunOptions, text: StreamText, dire
 
 
 def run_stream(
-    model: ResidentModel, subject: Subject, options: RunOptions, text: StreamText, direction: Tensor
+    model: LanguageModel, subject: Subject, options: RunOptions, text: StreamText, direction: Tensor
 ) -> StreamResidual:
     """Runs prompts, and the picture where there is one, through a loaded model and measures."""
     pulled = Projectors(subject.checkpoint, subject.plan.hidden_size, direction).boundaries(subject.plan)
     found = measure_stream(model, text.prompts, direction, options.progress, pulled)
     if text.picture is None:
         return found
-    return joined(found, measure_picture(model, text.picture, direction, pulled))
+    return joined(found, measure_picture(model, text.picture, direction, options.progress, pulled))
 
 
 def assemble(

@@ -8,7 +8,7 @@ from typing import Any
 
 from abliterate.architecture.writer import Writer
 from abliterate.calibration.chat import ChatFormat
-from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.prompts import PromptSplit
 from abliterate.certify.certificate import Certificate, worst_writer
 from abliterate.certify.stream import StreamResidual
@@ -82,7 +82,7 @@ def _chat_record(chat: ChatFormat, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def calibration_record(found: FoundDirection, model: ResidentModel, options: RunOptions) -> dict[str, Any]:
+def calibration_record(found: FoundDirection, model: LanguageModel, options: RunOptions) -> dict[str, Any]:
     """Prompts, chat format, refusal tokens, and how the model was run."""
     tokens = found.refusal_tokens
     return {
@@ -95,7 +95,7 @@ def calibration_record(found: FoundDirection, model: ResidentModel, options: Run
         },
         "seed": options.seed,
         "device": model.device.type,
-        "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": model.batch_size,
     }
 

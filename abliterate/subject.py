@@ -1,6 +1,7 @@
 """What a command works on: a located checkpoint, its residual writers, and how its model is run."""
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ from abliterate.architecture.entry import check_type, find_entry
 from abliterate.architecture.plan import plan_architecture
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.load import load_resident, load_tokenizer, pick_device, pick_dtype
-from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.memory import Need, need_of, parse_memory, place
+from abliterate.calibration.model import LanguageModel
+from abliterate.calibration.streaming import load_streamed
 from abliterate.checkpoint.files import Checkpoint, open_checkpoint
 from abliterate.checkpoint.header import DTYPES
 from abliterate.checkpoint.locate import Source, resolve
@@ -36,6 +39,8 @@ class RunOptions:
         inexact: also convert where no direction is exact, without a claim.
         template: built-in chat template or Jinja file; None takes the model's own.
         system_prompt: None leaves it to the template.
+        memory: where weights are while a model runs: auto, resident, streamed, or a size (see `parse_memory`).
+        scratch: folder for what outgrows memory; None takes the system's for temporary files.
     """
 
     device: str = "auto"
@@ -46,6 +51,8 @@ class RunOptions:
     inexact: bool = False
     template: str | None = None
     system_prompt: str | None = None
+    memory: str = "auto"
+    scratch: Path | None = field(default=None, compare=False)
     progress: Progress = field(default=SILENT, compare=False)
 
 
@@ -121,21 +128,33 @@ def plan_of(checkpoint: Checkpoint, trust_remote_code: bool = False, inexact: bo
 
 def load_model(
     subject: Subject, options: RunOptions, *, dtype: str | None = None, tied_head: bool = False, tokenizer: Any = None
-) -> ResidentModel:
+) -> LanguageModel:
     """Loads the weights as the options say; `dtype` overrides them."""
     device = pick_device(options.device)
     computing = pick_dtype(dtype or options.dtype, device, subject.stored_dtype)
-    log.info("loading %s on %s in %s", subject.name, device, computing)
-    return load_resident(
-        subject.folder,
-        subject.plan,
-        device=device,
-        dtype=computing,
-        batch_size=options.batch_size,
-        trust_remote_code=options.trust_remote_code,
-        tied_head=tied_head,
-        tokenizer=tokenizer,
-    )
+    placement = place(parse_memory(options.memory), need_of_subject(subject, computing, options), device)
+    way = "streamed through memory layer by layer" if placement.streamed else "in memory"
+    level = logging.WARNING if placement.streamed and options.memory == "auto" else logging.INFO
+    log.log(level, "%s on %s in %s: weights %s (%s)", subject.name, device, computing, way, placement.reason)
+    common: dict[str, Any] = {
+        "device": device,
+        "dtype": computing,
+        "batch_size": options.batch_size,
+        "trust_remote_code": options.trust_remote_code,
+        "tied_head": tied_head,
+        "tokenizer": tokenizer,
+    }
+    if not placement.streamed:
+        return load_resident(subject.folder, subject.plan, spread=placement.spread, **common)
+    scratch = options.scratch or Path(tempfile.gettempdir())
+    return load_streamed(subject.checkpoint, subject.plan, placement, scratch=scratch, **common)
+
+
+def need_of_subject(subject: Subject, dtype: torch.dtype, options: RunOptions) -> Need:
+    """What the model takes in memory."""
+    blueprint = read_blueprint(subject.folder, subject.checkpoint.config, options.trust_remote_code)
+    shapes = {name: shape for name, shape in blueprint.shapes.items() if name not in blueprint.aliases}
+    return need_of(shapes, subject.plan.runtime.layers, dtype.itemsize)
 
 
 def tokenizer_of(subject: Subject, options: RunOptions) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from abliterate.calibration.hooks import Stream
-from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.model import LanguageModel
 
 VOCABULARY, HIDDEN = 97, 24
 END = 3
@@ -46,13 +46,13 @@ def writers_of(model: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if name.endswith(ends)}
 
 
-def resident(model: Any, batch_size: int = 4, tokenizer: Any = None, tied_head: bool = False) -> ResidentModel:
+def resident(model: Any, batch_size: int = 4, tokenizer: Any = None, tied_head: bool = False) -> LanguageModel:
     """The model as the tool holds it."""
     layers = model.model.layers if hasattr(model, "model") else model.transformer.h
     writers, head = writers_of(model), model.get_output_embeddings()
     hidden = model.config.hidden_size
     stream = Stream(tuple(writers.values()), tuple(writers), tuple(layers), hidden, head if tied_head else None)
-    return ResidentModel(model, tokenizer, stream, head, batch_size)
+    return LanguageModel(model, tokenizer, stream, head, batch_size)
 
 
 def random_prompts(count: int, seed: int = 0, shortest: int = 5, longest: int = 14) -> list[list[int]]:

@@ -2,8 +2,7 @@
 
 Built on the meta device, so that it costs no memory whatever the model's size. This is what a checkpoint is held
 against: a tensor that is missing, left over or of another shape shows here, for every architecture alike, and the table
-need not say which switch of config.json brings which bias. The names of stored tensors go through transformers' own
-conversion mapping, which is no stable interface: nothing else here uses it.
+need not say which switch of config.json brings which bias.
 """
 
 import copy
@@ -20,10 +19,9 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.utils import logging as transformers_logging
 
+from abliterate.architecture.conversion import steps_of
 from abliterate.errors import ArchitectureError, first_line
 
 _HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd", "emb_dim", "dim")
@@ -89,12 +87,10 @@ class Blueprint:
 
     def places(self, names: Iterable[str]) -> dict[str, Place]:
         """For each stored tensor, the run-time parameters that it goes into."""
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
-        converters = [step for step in mapping if isinstance(step, WeightConverter)]
+        renamings, converters = steps_of(self.model)
         return {name: self._place(name, renamings, converters) for name in names}
 
-    def _place(self, name: str, renamings: list[WeightRenaming], converters: list[WeightConverter]) -> Place:
+    def _place(self, name: str, renamings: list[Any], converters: list[Any]) -> Place:
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
         for converter in converters:

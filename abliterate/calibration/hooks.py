@@ -1,7 +1,8 @@
 """Interventions on the residual stream at run time: ablation at every writer, addition at one layer.
 
 Used to score candidate directions before any weight is edited. Every row of a batch carries its own intervention, so
-that many candidates share one forward pass.
+that many candidates share one forward pass. A hook acts on the pass that set it only: several may be under way (see
+`lockstep`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from greenlet import getcurrent
 from torch import Tensor, nn
 
 from abliterate.calibration.transport import Transport
@@ -67,8 +69,10 @@ def replace_first(value: Any, tensor: Tensor) -> Any:
 def on_output(modules: Sequence[nn.Module], transform: Transform) -> Iterator[None]:
     """Applies `transform` to the hidden states that each module puts out."""
 
+    mine = getcurrent()
+
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return replace_first(output, transform(first_tensor(output)))
+        return replace_first(output, transform(first_tensor(output))) if getcurrent() is mine else None
 
     with ExitStack() as stack:
         for module in modules:
@@ -80,7 +84,11 @@ def on_output(modules: Sequence[nn.Module], transform: Transform) -> Iterator[No
 def on_input(module: nn.Module, transform: Transform) -> Iterator[None]:
     """Applies `transform` to the hidden states that come into the module."""
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    mine = getcurrent()
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if getcurrent() is not mine:
+            return None
         for i, value in enumerate(args):
             if isinstance(value, Tensor) and value.is_floating_point():
                 return (*args[:i], transform(value), *args[i + 1 :]), kwargs

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from abliterate.architecture.writer import Plan
-from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.tour import find_stream
 from abliterate.errors import AbliterateError, ArchitectureError, CalibrationError, CheckpointError, first_line
 
@@ -93,7 +93,8 @@ def load_resident(
     trust_remote_code: bool = False,
     tied_head: bool = False,
     tokenizer: Any = None,
-) -> ResidentModel:
+    spread: bool = False,
+) -> LanguageModel:
     """Loads the whole model.
 
     Args:
@@ -102,17 +103,30 @@ def load_resident(
         batch_size: prompts a forward pass; None takes 16 on a CPU and 32 elsewhere.
         tied_head: ablations also reach the head, as they do when a tied embedding is edited.
         tokenizer: None where nothing will be generated.
+        spread: over all GPUs, as accelerate finds best.
 
     Raises:
         CheckpointError: weights are missing, unexpected, or of the wrong shape.
     """
-    model = _load(folder, plan, device, dtype, trust_remote_code)
+    settings = {"device_map": "auto"} if spread else {}
+    model = from_pretrained(folder, plan, dtype, trust_remote_code, **settings)
+    if not spread:
+        model = model.to(device)
     stream = find_stream(model, plan, tied_head)
-    size = batch_size or (16 if device.type == "cpu" else 32)
-    return ResidentModel(model, tokenizer, stream, _head_of(model, plan), size)
+    return LanguageModel(model, tokenizer, stream, head_of(model, plan), batch_size or prompts_a_pass(device))
 
 
-def _load(folder: Path, plan: Plan, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def prompts_a_pass(device: torch.device) -> int:
+    """The batch size where none is asked for."""
+    return 16 if device.type == "cpu" else 32
+
+
+def from_pretrained(folder: Path, plan: Plan, dtype: torch.dtype, trust_remote_code: bool, **settings: Any) -> Any:
+    """What transformers makes of a checkpoint, held against what it should be.
+
+    Raises:
+        CheckpointError: see `load_resident`.
+    """
     known = getattr(transformers, plan.runtime.class_name, AutoModelForCausalLM)
     with quiet_transformers():
         try:
@@ -122,6 +136,7 @@ def _load(folder: Path, plan: Plan, device: torch.device, dtype: torch.dtype, tr
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
+                **settings,
             )
         except Exception as error:  # damaged weights and configs raise errors of many kinds, some of them plain ones
             reason = first_line(error)
@@ -132,10 +147,10 @@ def _load(folder: Path, plan: Plan, device: torch.device, dtype: torch.dtype, tr
             raise CheckpointError(f"{folder} does not fill its own model: {kind.replace('_', ' ')} {names}")
     if report.get("unexpected_keys"):
         log.warning("%s holds %d tensors that transformers does not use", folder, len(report["unexpected_keys"]))
-    return model.eval().requires_grad_(False).to(device)
+    return model.eval().requires_grad_(False)
 
 
-def _head_of(model: nn.Module, plan: Plan) -> nn.Module:
+def head_of(model: nn.Module, plan: Plan) -> nn.Module:
     """The output head; where the model does not own up to it, by its name."""
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:

@@ -1,13 +1,15 @@
-"""A language model in memory: logits at the last position, hidden states at chosen ones, greedy completions.
+"""A language model at work: logits at the last position, hidden states at chosen ones, greedy completions.
 
 Prompts are padded on the right for forward passes (a causal model never looks at the padding, and positions need no
 correction) and on the left for generation.
 """
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from abliterate.calibration.hooks import Steer, Stream, on_input, steered
+from abliterate.calibration.lockstep import Call
+from abliterate.calibration.runner import Bar, Resident, Runner
 from abliterate.calibration.tour import failing, run
 from abliterate.errors import CalibrationError
 from abliterate.progress import SILENT, Progress
@@ -95,8 +99,8 @@ def stacked(taken: dict[int, Tensor], layers: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ResidentModel:
-    """A causal language model whose weights are all in memory.
+class LanguageModel:
+    """A causal language model, its weights in memory or streamed through it.
 
     Attributes:
         model: the transformers model, in evaluation mode.
@@ -104,6 +108,7 @@ class ResidentModel:
         stream: where its residual stream can be reached.
         head: the output embedding.
         batch_size: prompts a forward pass.
+        runner: how forward passes are run.
     """
 
     model: Any
@@ -111,12 +116,19 @@ class ResidentModel:
     stream: Stream
     head: nn.Module
     batch_size: int
+    runner: Runner = field(default_factory=Resident)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = next(self.model.parameters()).device
+        """Where inputs go."""
+        device: torch.device = next(p.device for p in self.model.parameters() if not p.is_meta)
         return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     def batches(self, prompts: Sequence[Tokens]) -> Iterator[list[int]]:
         """Indices of prompts, similar lengths together, so that little is spent on padding.
@@ -163,13 +175,15 @@ class ResidentModel:
             positions: P, how many positions from the end to keep the layers' inputs at.
             progress: where the bar goes, titled `description`.
         """
-        with progress.bar(description, len(prompts), "prompt") as advance:
-            for rows in self.batches(prompts):
-                chosen = [steers[i] for i in rows] if steers else []
-                yield self._run(rows, [prompts[i] for i in rows], chosen, positions)
-                advance(len(rows))
+        batches = list(self.batches(prompts))
+        calls: list[Call[Batch]] = []
+        for rows in batches:
+            chosen = [steers[i] for i in rows] if steers else []
+            calls.append(partial(self._run, rows, [prompts[i] for i in rows], chosen, positions))
+        bar = Bar(progress, description, list(map(len, batches)))
+        for _, batch in self.runner.run(calls, bar):
+            yield batch
 
-    @torch.inference_mode()
     def _run(self, rows: list[int], prompts: Sequence[Tokens], steers: Sequence[Steer], positions: int) -> Batch:
         lengths = torch.tensor([len(tokens) for tokens in prompts])
         where = lengths[:, None] + torch.arange(-positions, 0)[None]
@@ -180,7 +194,6 @@ class ResidentModel:
             logits = self.logits(prompts)
         return Batch(rows, logits, stacked(taken, len(self.stream.layers)) if positions else None)
 
-    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Tokens],
@@ -190,27 +203,28 @@ class ResidentModel:
     ) -> list[list[int]]:
         """Greedy completions, token ids without the prompt and without what follows the end token."""
         completions: list[list[int]] = [[] for _ in prompts]
-        with progress.bar(description, len(prompts), "prompt") as advance:
-            for rows in self.batches(prompts):
-                inputs = pad([prompts[i] for i in rows], self.device, left=True)
-                output = self._generate(inputs, max_new_tokens)
-                for row, tokens in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+        batches = list(self.batches(prompts))
+        bar = Bar(progress, description, list(map(len, batches)), max_new_tokens)
+        with self._greedy(max_new_tokens) as plain:
+            calls = [partial(self._generate, [prompts[i] for i in rows], copy.copy(plain)) for rows in batches]
+            for number, found in self.runner.run(calls, bar):
+                for row, tokens in zip(batches[number], found, strict=True):
                     completions[row] = self._until_end(tokens)
-                advance(len(rows))
         return completions
 
-    def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
-        """Greedy token ids [rows, prompt and completion]; without a cache where the architecture's own fails."""
-        with self._greedy(max_new_tokens) as plain:
-            try:
-                with failing(self.model):
-                    output: Tensor = self.model.generate(**inputs, generation_config=plain)
-            except CalibrationError as error:
-                log.info("generating without a cache: %s", error)
-                plain.use_cache = False
-                with failing(self.model):
-                    output = self.model.generate(**inputs, generation_config=plain)
-        return output
+    def _generate(self, prompts: Sequence[Tokens], plain: GenerationConfig) -> list[list[int]]:
+        """Greedy token ids of one batch's completions; without a cache where the architecture's own fails."""
+        inputs = pad(prompts, self.device, left=True)
+        try:
+            with failing(self.model):
+                output: Tensor = self.model.generate(**inputs, generation_config=plain)
+        except CalibrationError as error:
+            log.info("generating without a cache: %s", error)
+            plain.use_cache = False
+            with failing(self.model):
+                output = self.model.generate(**inputs, generation_config=plain)
+        found: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return found
 
     @property
     def end_tokens(self) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Where the residual stream can be reached in a loaded model, found by one short forward pass."""
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,8 +10,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from abliterate.architecture.covector import ReadTensor
 from abliterate.architecture.writer import Plan, Writer
 from abliterate.calibration.hooks import Stream, tensors_in
+from abliterate.calibration.runner import Bar, Resident, Runner
 from abliterate.calibration.transport import Transport
 from abliterate.errors import AbliterateError, ArchitectureError, CalibrationError, first_line
 
@@ -18,11 +21,17 @@ ROWS, TOKENS = 2, 4
 EACH, POSITIONS = "tokens", "positions"
 
 
-def find_stream(model: nn.Module, plan: Plan, tied_head: bool = False) -> Stream:
+def find_stream(
+    model: nn.Module, plan: Plan, tied_head: bool = False, read: ReadTensor | None = None, runner: Runner | None = None
+) -> Stream:
     """The modules that the plan's writers and layers stand for.
 
     A writer is reached where its output first is as wide as the stream, token by token: at its own module, at the
     module that gathers the experts, or at the norm that follows.
+
+    Args:
+        read: stored tensors by name; needed where the skip path has gains.
+        runner: runs the forward pass.
 
     Raises:
         ArchitectureError: a name of the plan has no module.
@@ -30,8 +39,9 @@ def find_stream(model: nn.Module, plan: Plan, tied_head: bool = False) -> Stream
     modules = dict(model.named_modules())
     choices = {writer.tensor: list(_choices(writer, plan)) for writer in plan.writers}
     wanted = {name for names in choices.values() for name in names if name in modules}
-    with torch.inference_mode(), _watched(modules, wanted, plan.hidden_size) as seen:
-        _run(model)
+    with _watched(modules, wanted, plan.hidden_size) as seen:
+        for _ in (runner or Resident()).run([lambda: _run(model)], Bar()):
+            pass
     usable = {name for name, fits in seen.items() if fits}
     found: dict[str, Writer] = {}
     unreached = []
@@ -53,20 +63,23 @@ def find_stream(model: nn.Module, plan: Plan, tied_head: bool = False) -> Stream
         head=head,
         unreached=tuple(unreached),
         positionwise=frozenset(i for i, name in enumerate(found) if seen[name] == POSITIONS),
-        transport=_transport(model, plan, list(found.values())),
+        transport=_transport(read or _parameters_of(model, plan), plan, list(found.values())),
         sometimes=frozenset(plan.sometimes),
     )
 
 
-def _transport(model: nn.Module, plan: Plan, writers: Sequence[Writer]) -> Transport | None:
+def _transport(read: ReadTensor, plan: Plan, writers: Sequence[Writer]) -> Transport | None:
     if not plan.boundaries:
         return None
+    return Transport([writer.skip for writer in writers], plan.boundaries, functools.cache(read))
+
+
+def _parameters_of(model: nn.Module, plan: Plan) -> ReadTensor:
+    """Stored tensors as the model holds them, for one that was not loaded from a checkpoint."""
     parameters = dict(model.named_parameters())
-    return Transport(
-        [writer.skip for writer in writers],
-        plan.boundaries,
-        lambda name: parameters[plan.runtime.steps[name]].detach().double().cpu(),
-    )
+    # Not all of them: what is returned outlives the model.
+    held = {name: parameters[parameter] for name, parameter in plan.runtime.steps.items() if parameter in parameters}
+    return lambda name: held[name].detach().cpu()
 
 
 def _label(writer: Writer) -> str:
@@ -118,7 +131,7 @@ def _rows_of(output: Tensor, hidden: int) -> str:
 
 
 def _run(model: nn.Module) -> None:
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if not p.is_meta)
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     tokens = next(embedding.parameters()).shape[0]
     ids = torch.arange(ROWS * TOKENS, device=device).reshape(ROWS, TOKENS) % tokens

@@ -4,12 +4,14 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from abliterate.calibration.hooks import by_row, on_input, on_output
-from abliterate.calibration.model import ResidentModel, Tokens, pad
+from abliterate.calibration.model import LanguageModel, Tokens, pad
+from abliterate.calibration.runner import Bar
 from abliterate.calibration.tour import run
 from abliterate.progress import SILENT, Progress
 
@@ -59,7 +61,7 @@ def _layer_of(name: str) -> int | None:
 
 
 def measure_stream(
-    model: ResidentModel,
+    model: LanguageModel,
     prompts: Sequence[Tokens],
     direction: Tensor,
     progress: Progress = SILENT,
@@ -78,10 +80,10 @@ def measure_stream(
     bearings = _bearings(direction, pulled, count)
     names = boundary_names(count)
     ratios: dict[str, float] = {}
-    with progress.bar("certificate", len(prompts), "prompt") as advance:
-        for rows in model.batches(prompts):
-            _batch(model, [prompts[i] for i in rows], bearings, ratios, writers=pulled is None)
-            advance(len(rows))
+    batches = list(model.batches(prompts))
+    calls = [partial(_batch, model, [prompts[i] for i in rows], bearings, ratios, pulled is None) for rows in batches]
+    for _ in model.runner.run(calls, Bar(progress, "certificate", list(map(len, batches)))):
+        pass
     # A boundary that nothing came by is not proved clean, unless its layer waits for an image: then the stream goes by.
     for i in sorted(model.stream.sometimes, reverse=True):
         ratios.setdefault(names[i], ratios.get(names[i + 1], math.nan))
@@ -90,7 +92,11 @@ def measure_stream(
 
 
 def measure_picture(
-    model: ResidentModel, inputs: Mapping[str, Tensor], direction: Tensor, pulled: Tensor | None = None
+    model: LanguageModel,
+    inputs: Mapping[str, Tensor],
+    direction: Tensor,
+    progress: Progress = SILENT,
+    pulled: Tensor | None = None,
 ) -> StreamResidual:
     """The same with a picture: every token is looked at, those that stand for it too.
 
@@ -102,8 +108,13 @@ def measure_picture(
     given = {name: value.to(model.device) for name, value in inputs.items()}
     ratios: dict[str, float] = {}
     watch = _Watch(torch.ones_like(given["input_ids"], dtype=torch.bool), ratios)
-    with torch.inference_mode(), _watched(model, watch, bearings, pulled is None, sometimes=frozenset()):
-        run(model.model, {**given, "use_cache": False})
+
+    def look() -> None:
+        with _watched(model, watch, bearings, pulled is None, sometimes=frozenset()):
+            run(model.model, {**given, "use_cache": False})
+
+    for _ in model.runner.run([look], Bar(progress, "certificate: picture")):
+        pass
     layers = tuple(ratios.get(name, math.nan) for name in boundary_names(count))
     return StreamResidual(layers, watch.real.numel(), {n: ratios.get(n, 0.0) for n in model.stream.names})
 
@@ -126,9 +137,8 @@ def boundary_names(layers: int) -> list[str]:
     return [*(f"layer {i}" for i in range(layers)), "final"]
 
 
-@torch.inference_mode()
 def _batch(
-    model: ResidentModel, prompts: Sequence[Tokens], bearings: Tensor, ratios: dict[str, float], writers: bool
+    model: LanguageModel, prompts: Sequence[Tokens], bearings: Tensor, ratios: dict[str, float], writers: bool
 ) -> None:
     real = pad(prompts, model.device)["attention_mask"].bool()
     with _watched(model, _Watch(real, ratios), bearings, writers, model.stream.sometimes):
@@ -157,7 +167,7 @@ class _Watch:
 
 @contextmanager
 def _watched(
-    model: ResidentModel, watch: _Watch, bearings: Tensor, writers: bool, sometimes: Collection[int]
+    model: LanguageModel, watch: _Watch, bearings: Tensor, writers: bool, sometimes: Collection[int]
 ) -> Iterator[None]:
     """Looks at every boundary; at what writers put out too, where the direction is one and the same everywhere."""
     stream = model.stream

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.calibration.hooks import first_tensor, replace_first
-from abliterate.calibration.model import ResidentModel, Tokens
+from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.direction.score import refusal_score
 from abliterate.progress import SILENT, Progress
 
@@ -37,7 +37,7 @@ def _with_gradients(modules: Sequence[nn.Module]) -> Iterator[list[tuple[int, Te
 
 
 def first_order_bypass(
-    model: ResidentModel,
+    model: LanguageModel,
     prompts: Sequence[Tokens],
     refusal_tokens: Sequence[int],
     units: Tensor,
@@ -59,7 +59,7 @@ def first_order_bypass(
     return total / len(prompts)
 
 
-def _batch(prompts: Sequence[Tokens], model: ResidentModel, refusal_tokens: Sequence[int], units: Tensor) -> Tensor:
+def _batch(prompts: Sequence[Tokens], model: LanguageModel, refusal_tokens: Sequence[int], units: Tensor) -> Tensor:
     with torch.enable_grad(), _with_gradients(model.stream.writers) as outputs:
         score = refusal_score(model.logits(prompts), refusal_tokens).sum()
         gradients = torch.autograd.grad(score, [node for _, node in outputs], allow_unused=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.calibration.model import ResidentModel, Tokens
+from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.calibration.transport import Transport
 from abliterate.direction.score import refusal_score
 from abliterate.errors import CalibrationError
@@ -58,7 +58,7 @@ class Directions:
 
 
 def mean_hidden(
-    model: ResidentModel,
+    model: LanguageModel,
     prompts: Sequence[Tokens],
     positions: int,
     keep_sign: int,

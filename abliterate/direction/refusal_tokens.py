@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from abliterate.calibration.model import ResidentModel, Tokens
+from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.direction.substrings import is_refusal
 from abliterate.errors import CalibrationError
 from abliterate.progress import SILENT, Progress
@@ -38,7 +38,7 @@ class RefusalTokens:
 
 
 def find_refusal_tokens(
-    model: ResidentModel,
+    model: LanguageModel,
     harmful: Sequence[Tokens],
     harmless: Sequence[Tokens],
     progress: Progress = SILENT,
@@ -70,33 +70,33 @@ def find_refusal_tokens(
     return _named(model, tuple(chosen), "completions")
 
 
-def named_refusal_tokens(model: ResidentModel, words: Sequence[str]) -> RefusalTokens:
+def named_refusal_tokens(model: LanguageModel, words: Sequence[str]) -> RefusalTokens:
     """The first token of each word that the recipe lists."""
     return _named(model, tuple(dict.fromkeys(_first_id(model, word) for word in words)), "recipe")
 
 
-def _named(model: ResidentModel, ids: tuple[int, ...], source: str) -> RefusalTokens:
+def _named(model: LanguageModel, ids: tuple[int, ...], source: str) -> RefusalTokens:
     texts = tuple(str(model.tokenizer.decode([token])) for token in ids)
     log.info("refusal tokens (%s): %s", source, ", ".join(map(repr, texts)))
     return RefusalTokens(ids, texts, source)
 
 
-def _first_id(model: ResidentModel, word: str) -> int:
+def _first_id(model: LanguageModel, word: str) -> int:
     return int(model.tokenizer(word, add_special_tokens=False)["input_ids"][0])
 
 
-def _family(model: ResidentModel, template: str) -> tuple[int, ...]:
+def _family(model: LanguageModel, template: str) -> tuple[int, ...]:
     kind = model.model.config.model_type
     words = next((words for family, mark, words in FAMILIES if family == kind and mark in template), ())
     return tuple(_first_id(model, word) for word in words)
 
 
-def _first_tokens_of_refusals(model: ResidentModel, prompts: Sequence[Tokens], progress: Progress) -> Counter[int]:
+def _first_tokens_of_refusals(model: LanguageModel, prompts: Sequence[Tokens], progress: Progress) -> Counter[int]:
     completions = model.generate(prompts, NEW_TOKENS, progress, "refusal tokens")
     return Counter(tokens[0] for tokens in completions if tokens and is_refusal(model.decode(tokens)))
 
 
-def _first_tokens(model: ResidentModel, prompts: Sequence[Tokens], progress: Progress) -> Counter[int]:
+def _first_tokens(model: LanguageModel, prompts: Sequence[Tokens], progress: Progress) -> Counter[int]:
     found: Counter[int] = Counter()
     for batch in model.forward(prompts, progress=progress, description="first tokens"):
         found.update(batch.logits.argmax(-1).tolist())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from abliterate.calibration.hooks import NOTHING, Steer
-from abliterate.calibration.model import ResidentModel, Tokens
+from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.direction.means import Directions
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.selection import Candidate
@@ -34,7 +34,7 @@ class ScoreSheet:
         passes: prompts that went through the model so far (a backward pass counts as two more).
     """
 
-    model: ResidentModel
+    model: LanguageModel
     directions: Directions
     data: Validation
     bypass: dict[Key, list[float]] = field(default_factory=dict)

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from abliterate.calibration.model import ResidentModel, Tokens
+from abliterate.calibration.model import LanguageModel, Tokens
+from abliterate.calibration.runner import Bar
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.substrings import is_refusal
 from abliterate.progress import SILENT, Progress
@@ -64,7 +66,7 @@ class Measured:
 
 
 def evaluate_model(
-    model: ResidentModel,
+    model: LanguageModel,
     data: EvaluationSet,
     baseline: Tensor | None = None,
     progress: Progress = SILENT,
@@ -87,14 +89,14 @@ def evaluate_model(
         over_refusal_rate_substring=over_refusals,
         refusal_rate_score=score_rate(harmful, data.refusal_tokens),
         over_refusal_rate_score=score_rate(harmless if data.harmful else None, data.refusal_tokens),
-        cross_entropy=cross_entropy(model, data.neutral) if data.neutral else None,
+        cross_entropy=cross_entropy(model, data.neutral, progress) if data.neutral else None,
         kl_first_token=kl,
         top1_agreement=agreement,
     )
     return Measured(evaluation, harmless)
 
 
-def first_logits(model: ResidentModel, prompts: Sequence[Tokens], progress: Progress, description: str) -> Tensor:
+def first_logits(model: LanguageModel, prompts: Sequence[Tokens], progress: Progress, description: str) -> Tensor:
     """Logits [prompts, vocabulary] of the first token of each answer."""
     gathered: dict[int, Tensor] = {}
     for batch in model.forward(prompts, progress=progress, description=description):
@@ -109,7 +111,7 @@ def compare(baseline: Tensor, logits: Tensor) -> tuple[float, float]:
 
 
 def substring_rates(
-    model: ResidentModel, data: EvaluationSet, progress: Progress, label: str
+    model: LanguageModel, data: EvaluationSet, progress: Progress, label: str
 ) -> tuple[float | None, float | None]:
     """Refusals of harmful and of harmless prompts; None for a model without a chat format."""
     if not data.harmful:
@@ -119,7 +121,7 @@ def substring_rates(
 
 
 def substring_rate(
-    model: ResidentModel, prompts: Sequence[Tokens], max_new_tokens: int, progress: Progress, description: str
+    model: LanguageModel, prompts: Sequence[Tokens], max_new_tokens: int, progress: Progress, description: str
 ) -> float:
     """Share of greedy completions that hold a refusal substring."""
     completions = model.generate(prompts, max_new_tokens, progress, description)
@@ -133,13 +135,17 @@ def score_rate(logits: Tensor | None, refusal_tokens: Sequence[int] | None) -> f
     return float((refusal_score(logits, refusal_tokens) > 0).double().mean())
 
 
-@torch.inference_mode()
-def cross_entropy(model: ResidentModel, tokens: Tokens) -> float:
+def cross_entropy(model: LanguageModel, tokens: Tokens, progress: Progress = SILENT) -> float:
     """Mean negative log-likelihood in nats a token, over windows of 256 tokens, each token predicted once."""
-    total, count = 0.0, 0
-    for start in range(0, len(tokens) - 1, WINDOW):
-        window = torch.tensor([list(tokens[start : start + WINDOW + 1])], device=model.device)
-        logits = model.model(input_ids=window[:, :-1], use_cache=False).logits[0].float()
-        total += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
-        count += window.shape[1] - 1
-    return total / count if count else math.nan
+    windows = [tokens[start : start + WINDOW + 1] for start in range(0, len(tokens) - 1, WINDOW)]
+    losses = model.runner.run([partial(_loss, model, window) for window in windows], Bar(progress, "loss"))
+    found = dict(losses)
+    total = sum(found[number] for number in range(len(windows)))
+    return total / (len(tokens) - 1) if windows else math.nan
+
+
+def _loss(model: LanguageModel, window: Tokens) -> float:
+    """Summed over the window's tokens but the first."""
+    ids = torch.tensor([list(window)], device=model.device)
+    logits = model.model(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from abliterate.calibration.hooks import NOTHING, Steer
-from abliterate.calibration.model import ResidentModel, capture_inputs, pad
+from abliterate.calibration.model import LanguageModel, capture_inputs, pad
 from abliterate.errors import CalibrationError
 from tests.resident import END, HIDDEN, byte_tokenizer, gpt2, llama, random_prompts, random_units, resident, writers_of
 
@@ -19,7 +19,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(params=MAKERS, scope="module")
-def model(request: pytest.FixtureRequest) -> ResidentModel:
+def model(request: pytest.FixtureRequest) -> LanguageModel:
     return resident(MAKERS[request.param]())
 
 
@@ -29,14 +29,14 @@ def every_logit(model: Any, tokens: Sequence[int]) -> Tensor:
     return logits
 
 
-def inputs_of_layers(model: ResidentModel, tokens: Sequence[int]) -> Tensor:
+def inputs_of_layers(model: LanguageModel, tokens: Sequence[int]) -> Tensor:
     """[layers, tokens, hidden], as transformers itself reports them."""
     with torch.no_grad():
         states = model.model(torch.tensor([list(tokens)]), output_hidden_states=True, use_cache=False).hidden_states
     return torch.cat(states[: len(model.stream.layers)])
 
 
-def steered_alone(model: ResidentModel, tokens: Sequence[int], steer: Steer) -> Tensor:
+def steered_alone(model: LanguageModel, tokens: Sequence[int], steer: Steer) -> Tensor:
     """Last logits of one prompt, with plain hooks."""
 
     def ablated(_module: Any, _args: Any, output: Any) -> Any:
@@ -57,7 +57,7 @@ def steered_alone(model: ResidentModel, tokens: Sequence[int], steer: Steer) -> 
         return every_logit(model.model, tokens)[-1]
 
 
-def gathered(model: ResidentModel, prompts: Sequence[Sequence[int]], **settings: Any) -> tuple[Tensor, Tensor | None]:
+def gathered(model: LanguageModel, prompts: Sequence[Sequence[int]], **settings: Any) -> tuple[Tensor, Tensor | None]:
     """Logits and hidden states in the order of the prompts."""
     logits: list[Any] = [None] * len(prompts)
     hidden: list[Any] = [None] * len(prompts)
@@ -69,7 +69,7 @@ def gathered(model: ResidentModel, prompts: Sequence[Sequence[int]], **settings:
     return torch.stack(logits), torch.stack(hidden) if hidden[0] is not None else None
 
 
-def hooks_of(model: ResidentModel) -> list[int]:
+def hooks_of(model: LanguageModel) -> list[int]:
     # transformers leaves hooks of its own, so only a difference says anything
     return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.model.modules()]
 
@@ -102,7 +102,7 @@ def test_batches_hold_every_prompt_once_and_lengths_together(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4, 32])
-def test_logits_of_a_batch_are_those_of_one_prompt(model: ResidentModel, size: int) -> None:
+def test_logits_of_a_batch_are_those_of_one_prompt(model: LanguageModel, size: int) -> None:
     prompts = random_prompts(11)
     logits, hidden = gathered(resident(model.model, size), prompts)
     assert hidden is None and logits.dtype == torch.float32
@@ -112,7 +112,7 @@ def test_logits_of_a_batch_are_those_of_one_prompt(model: ResidentModel, size: i
 
 @pytest.mark.parametrize("positions", [1, 3, 5])
 def test_hidden_states_are_the_inputs_of_every_layer_at_the_last_positions(
-    model: ResidentModel, positions: int
+    model: LanguageModel, positions: int
 ) -> None:
     prompts = random_prompts(11)
     _, hidden = gathered(model, prompts, positions=positions)
@@ -123,7 +123,7 @@ def test_hidden_states_are_the_inputs_of_every_layer_at_the_last_positions(
         torch.testing.assert_close(hidden[row], expected, **CLOSE)
 
 
-def test_rows_of_one_batch_are_steered_each_its_own_way(model: ResidentModel) -> None:
+def test_rows_of_one_batch_are_steered_each_its_own_way(model: LanguageModel) -> None:
     prompts, units = random_prompts(12, seed=3), random_units(4)
     kinds = [
         Steer(ablate=units[0]), Steer(add=3 * units[1], layer=0), NOTHING, Steer(add=-2 * units[2], layer=1),
@@ -138,14 +138,14 @@ def test_rows_of_one_batch_are_steered_each_its_own_way(model: ResidentModel) ->
         assert (steer is NOTHING) == torch.allclose(expected, plain, atol=1e-2)
 
 
-def test_steering_goes_with_the_prompt_whatever_the_batches(model: ResidentModel) -> None:
+def test_steering_goes_with_the_prompt_whatever_the_batches(model: LanguageModel) -> None:
     prompts, units = random_prompts(9, seed=5), random_units(9)
     steers = [Steer(ablate=unit) for unit in units]
     whole, _ = gathered(resident(model.model, 9), prompts, steers=steers)
     torch.testing.assert_close(gathered(resident(model.model, 2), prompts, steers=steers)[0], whole, **CLOSE)
 
 
-def test_an_ablated_stream_has_no_component_left_and_an_added_one_is_seen(model: ResidentModel) -> None:
+def test_an_ablated_stream_has_no_component_left_and_an_added_one_is_seen(model: LanguageModel) -> None:
     prompts, units = random_prompts(8), random_units(8)
     _, hidden = gathered(model, prompts, steers=[Steer(ablate=unit) for unit in units], positions=3)
     assert hidden is not None
@@ -169,7 +169,7 @@ def test_a_tied_head_is_ablated_as_well_when_asked() -> None:
     torch.testing.assert_close(logits, expected, **CLOSE)
 
 
-def test_nothing_stays_behind(model: ResidentModel) -> None:
+def test_nothing_stays_behind(model: LanguageModel) -> None:
     prompts, unit = random_prompts(3), random_units(1)[0]
     steers = [Steer(ablate=unit, add=unit, layer=0)] * 3
     before, hooks = gathered(model, prompts)[0], hooks_of(model)
@@ -181,7 +181,7 @@ def test_nothing_stays_behind(model: ResidentModel) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 16])
-def test_generation_is_the_naive_loop(model: ResidentModel, size: int) -> None:
+def test_generation_is_the_naive_loop(model: LanguageModel, size: int) -> None:
     prompts = random_prompts(7, seed=2, shortest=2, longest=20)
     expected = [greedy(model.model, tokens, 8) for tokens in prompts]
     assert len({tuple(tokens) for tokens in expected}) > 4
@@ -203,7 +203,7 @@ def test_generation_is_the_naive_loop(model: ResidentModel, size: int) -> None:
     ids=lambda settings: next(iter(settings)),
 )
 def test_the_checkpoints_own_settings_for_generation_do_not_count(
-    model: ResidentModel, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     prompts = random_prompts(3, seed=2)
     expected = [greedy(model.model, tokens, 8) for tokens in prompts]
@@ -213,7 +213,7 @@ def test_the_checkpoints_own_settings_for_generation_do_not_count(
     assert model.model.generation_config is own
 
 
-def test_completions_stop_at_every_end_token(model: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completions_stop_at_every_end_token(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = random_prompts(8, seed=4)
     free = [greedy(model.model, tokens, 10, ends=()) for tokens in prompts]
     ends = [free[0][3], free[1][5]]
@@ -225,7 +225,7 @@ def test_completions_stop_at_every_end_token(model: ResidentModel, monkeypatch: 
 
 
 def test_without_end_tokens_completions_are_as_long_as_asked(
-    model: ResidentModel, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = byte_tokenizer(eos_token=None)
     mute = resident(model.model, tokenizer=tokenizer)

@@ -14,7 +14,7 @@ from abliterate.architecture.plan import plan_architecture
 from abliterate.architecture.writer import Plan, Runtime
 from abliterate.calibration.hooks import Steer
 from abliterate.calibration.load import load_resident
-from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.tour import accepted, find_stream, run
 from abliterate.checkpoint.files import open_checkpoint
 from abliterate.errors import ArchitectureError, CalibrationError
@@ -34,7 +34,7 @@ def planned(folder: Path) -> Plan:
     return plan_architecture(open_checkpoint(folder))
 
 
-def resident(folder: Path) -> ResidentModel:
+def resident(folder: Path) -> LanguageModel:
     return load_resident(folder, planned(folder), device=torch.device("cpu"), dtype=torch.float32)
 
 

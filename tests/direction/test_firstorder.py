@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.model import LanguageModel
 from abliterate.direction.firstorder import first_order_bypass
 from abliterate.direction.score import refusal_score
 from tests.resident import gpt2, llama, random_prompts, random_units, resident, writers_of
@@ -19,7 +19,7 @@ STEP = 1e-2
 
 
 @pytest.fixture(params=MAKERS, scope="module")
-def model(request: pytest.FixtureRequest) -> ResidentModel:
+def model(request: pytest.FixtureRequest) -> LanguageModel:
     """In fp64, as far as the architecture goes, so that the measured derivative is exact to several digits."""
     return resident(MAKERS[request.param]().double(), batch_size=4)
 
@@ -31,7 +31,7 @@ def ablated_by(strength: float, unit: Tensor) -> Callable[..., Tensor]:
     return hook
 
 
-def mean_score(model: ResidentModel, prompts: Sequence[Sequence[int]], strength: float, unit: Tensor) -> float:
+def mean_score(model: LanguageModel, prompts: Sequence[Sequence[int]], strength: float, unit: Tensor) -> float:
     """Mean refusal score with the direction taken out by a share, one prompt a time."""
     total = 0.0
     with ExitStack() as stack, torch.no_grad():
@@ -44,7 +44,7 @@ def mean_score(model: ResidentModel, prompts: Sequence[Sequence[int]], strength:
     return total / len(prompts)
 
 
-def test_the_estimate_is_the_score_and_its_derivative(model: ResidentModel) -> None:
+def test_the_estimate_is_the_score_and_its_derivative(model: LanguageModel) -> None:
     prompts, units = random_prompts(4), random_units(3).double()
     units /= units.norm(dim=-1, keepdim=True)
     estimate = first_order_bypass(model, prompts, TOKENS, units.float())
@@ -57,20 +57,20 @@ def test_the_estimate_is_the_score_and_its_derivative(model: ResidentModel) -> N
         assert float(estimate[number]) - scores[0] == pytest.approx(slope, rel=1e-3, abs=1e-4)
 
 
-def test_batches_change_nothing(model: ResidentModel) -> None:
+def test_batches_change_nothing(model: LanguageModel) -> None:
     prompts, units = random_prompts(9), random_units(6)
     alone = torch.stack([first_order_bypass(resident(model.model, 1), [p], TOKENS, units) for p in prompts]).mean(0)
     torch.testing.assert_close(first_order_bypass(model, prompts, TOKENS, units), alone, rtol=1e-5, atol=1e-5)
 
 
-def test_a_direction_and_its_opposite_are_the_same_ablation(model: ResidentModel) -> None:
+def test_a_direction_and_its_opposite_are_the_same_ablation(model: LanguageModel) -> None:
     prompts, units = random_prompts(4), random_units(3)
     torch.testing.assert_close(
         first_order_bypass(model, prompts, TOKENS, units), first_order_bypass(model, prompts, TOKENS, -units)
     )
 
 
-def test_a_candidate_that_is_no_number_spoils_no_other(model: ResidentModel) -> None:
+def test_a_candidate_that_is_no_number_spoils_no_other(model: LanguageModel) -> None:
     prompts, units = random_prompts(4), random_units(3)
     expected = first_order_bypass(model, prompts, TOKENS, units)
     units[1] = torch.nan
@@ -79,7 +79,7 @@ def test_a_candidate_that_is_no_number_spoils_no_other(model: ResidentModel) -> 
     torch.testing.assert_close(found[[0, 2]], expected[[0, 2]])
 
 
-def test_no_gradients_and_hooks_stay_behind(model: ResidentModel) -> None:
+def test_no_gradients_and_hooks_stay_behind(model: LanguageModel) -> None:
     hooks = [len(module._forward_hooks) for module in model.model.modules()]
     first_order_bypass(model, random_prompts(4), TOKENS, random_units(2))
     assert [len(module._forward_hooks) for module in model.model.modules()] == hooks

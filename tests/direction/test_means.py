@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abliterate.calibration.model import Batch, ResidentModel, Tokens
+from abliterate.calibration.model import Batch, LanguageModel, Tokens
 from abliterate.direction.means import Directions, Mean, difference, mean_hidden
 from abliterate.direction.score import refusal_score
 from abliterate.errors import CalibrationError
@@ -18,11 +18,11 @@ TOKENS = list(range(50))
 
 
 @pytest.fixture(scope="module")
-def model() -> ResidentModel:
+def model() -> LanguageModel:
     return resident(llama(layers=LAYERS), batch_size=7)
 
 
-def alone(model: ResidentModel, tokens: Sequence[int]) -> tuple[Tensor, float]:
+def alone(model: LanguageModel, tokens: Sequence[int]) -> tuple[Tensor, float]:
     """[positions, layers, hidden] fp64 and the refusal score of one prompt."""
     with torch.no_grad():
         output = model.model(torch.tensor([list(tokens)]), output_hidden_states=True, use_cache=False)
@@ -35,14 +35,14 @@ def made_mean(value: Tensor) -> Mean:
 
 
 @pytest.fixture(scope="module")
-def measured(model: ResidentModel) -> list[tuple[list[int], Tensor, float]]:
+def measured(model: LanguageModel) -> list[tuple[list[int], Tensor, float]]:
     """Prompts with their hidden states and refusal scores, one by one."""
     return [(tokens, *alone(model, tokens)) for tokens in random_prompts(40, seed=1)]
 
 
 @pytest.mark.parametrize("sign", [1, -1, 0])
 def test_means_are_those_of_a_plain_loop(
-    model: ResidentModel, measured: list[tuple[list[int], Tensor, float]], sign: int
+    model: LanguageModel, measured: list[tuple[list[int], Tensor, float]], sign: int
 ) -> None:
     kept = [hidden for _, hidden, score in measured if sign == 0 or score * sign > 0]
     assert sign == 0 or 8 <= len(kept) <= 32
@@ -52,7 +52,7 @@ def test_means_are_those_of_a_plain_loop(
     torch.testing.assert_close(mean.value, torch.stack(kept).mean(0), atol=1e-6, rtol=1e-6)
 
 
-class Alternating(ResidentModel):
+class Alternating(LanguageModel):
     """Every other hidden state is larger by less than fp32 can add up."""
 
     def forward(self, prompts: Sequence[Tokens], *_: Any, **__: Any) -> Iterator[Batch]:
@@ -78,7 +78,7 @@ def test_a_score_of_zero_is_of_neither_sign() -> None:
 
 @pytest.mark.parametrize(("sign", "word"), [(1, "refused"), (-1, "answered")])
 def test_too_few_of_the_right_sign(
-    model: ResidentModel, measured: list[tuple[list[int], Tensor, float]], sign: int, word: str
+    model: LanguageModel, measured: list[tuple[list[int], Tensor, float]], sign: int, word: str
 ) -> None:
     right, wrong = ([tokens for tokens, _, score in measured if score * s > 0] for s in (sign, -sign))
     assert mean_hidden(model, right[:8] + wrong[:5], POSITIONS, sign, TOKENS).kept == 8
@@ -111,7 +111,7 @@ def test_the_difference_is_taken_in_fp64() -> None:
     torch.testing.assert_close(found.grid, torch.full((1, 1, 2), 0.02), rtol=1e-6, atol=0)
 
 
-def test_the_same_prompts_have_no_difference(model: ResidentModel) -> None:
+def test_the_same_prompts_have_no_difference(model: LanguageModel) -> None:
     prompts = random_prompts(12)
     harmful = mean_hidden(model, prompts, POSITIONS, 0, TOKENS)
     harmless = mean_hidden(resident(model.model, 3), prompts[::-1], POSITIONS, 0, TOKENS)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from abliterate.calibration.model import Batch, ResidentModel, Tokens
+from abliterate.calibration.model import Batch, LanguageModel, Tokens
 from abliterate.direction.refusal_tokens import (
     FAMILIES,
     NEW_TOKENS,
@@ -29,7 +29,7 @@ def ids(text: str) -> list[int]:
     return found
 
 
-class Scripted(ResidentModel):
+class Scripted(LanguageModel):
     """Prompt [n] gets the n-th answer."""
 
     def generate(self, prompts: Sequence[Tokens], max_new_tokens: int, *_: Any) -> list[list[int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abliterate.calibration.hooks import Steer
-from abliterate.calibration.model import ResidentModel
+from abliterate.calibration.model import LanguageModel
 from abliterate.direction.means import Directions, Mean, difference, mean_hidden
 from abliterate.direction.score import refusal_score
 from abliterate.direction.scoring import Key, ScoreSheet, Validation
@@ -217,19 +217,19 @@ TOKENS = [5, 9, 17, 40]
 
 
 @pytest.fixture(scope="module")
-def model() -> ResidentModel:
+def model() -> LanguageModel:
     return resident(llama(layers=6), batch_size=8)
 
 
 @pytest.fixture
-def sheet(model: ResidentModel) -> ScoreSheet:
+def sheet(model: LanguageModel) -> ScoreSheet:
     harmful, harmless = (mean_hidden(model, random_prompts(12, seed=s), 3, 0, TOKENS) for s in (1, 2))
     data = Validation(random_prompts(9, seed=3), random_prompts(7, seed=4), TOKENS)
     return ScoreSheet(model, difference(harmful, harmless), data)
 
 
 @pytest.fixture
-def seen(model: ResidentModel) -> Iterator[list[int]]:
+def seen(model: LanguageModel) -> Iterator[list[int]]:
     """How many prompts went through the model, call by call."""
     sizes: list[int] = []
 
@@ -241,14 +241,14 @@ def seen(model: ResidentModel) -> Iterator[list[int]]:
     handle.remove()
 
 
-def alone(model: ResidentModel, tokens: Sequence[int], steer: Steer) -> Tensor:
+def alone(model: LanguageModel, tokens: Sequence[int], steer: Steer) -> Tensor:
     return next(iter(model.forward([tokens], [steer]))).logits[0].double()
 
 
 KEYS: list[Key] = [(-1, 0), (-3, 4), (-2, 2)]
 
 
-def test_scores_are_means_over_single_prompts(model: ResidentModel, sheet: ScoreSheet) -> None:
+def test_scores_are_means_over_single_prompts(model: LanguageModel, sheet: ScoreSheet) -> None:
     for measure in (sheet.measure_bypass, sheet.measure_induce, sheet.measure_kl):
         measure(KEYS, 100)
     for key in KEYS:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abliterate.calibration.model import ResidentModel, Tokens
+from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.evaluation.metrics import (
     WINDOW,
     Evaluation,
@@ -32,7 +32,7 @@ NEUTRAL = random_prompts(1, seed=3, shortest=40, longest=40)[0]
 DATA = EvaluationSet(HARMFUL, HARMLESS, NEUTRAL, [5, 9], 6)
 
 
-class Scripted(ResidentModel):
+class Scripted(LanguageModel):
     """Completions are set by the first token of each prompt; everything else is the model's own."""
 
     def generate(self, prompts: Sequence[Tokens], max_new_tokens: int, *_: Any) -> list[list[int]]:
@@ -43,15 +43,15 @@ class Scripted(ResidentModel):
         return bytes(tokens).decode()
 
 
-def scripted() -> ResidentModel:
-    return Scripted(**{field.name: getattr(MODEL, field.name) for field in dataclasses.fields(ResidentModel)})
+def scripted() -> LanguageModel:
+    return Scripted(**{field.name: getattr(MODEL, field.name) for field in dataclasses.fields(LanguageModel)})
 
 
 MODEL = resident(llama(), batch_size=3)
 OTHER = resident(llama(seed=1), batch_size=2)
 
 
-def last_logits(model: ResidentModel, prompts: Sequence[Tokens]) -> Tensor:
+def last_logits(model: LanguageModel, prompts: Sequence[Tokens]) -> Tensor:
     """One prompt a time, in fp64 from here on."""
     with torch.no_grad():
         rows = [model.model(torch.tensor([list(tokens)]), use_cache=False).logits[0, -1] for tokens in prompts]

@@ -1,0 +1,160 @@
+"""How much memory there is, how much a model needs, and so whether its weights stay in it or are streamed through."""
+
+import logging
+import re
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from abliterate.errors import AbliterateError
+
+log = logging.getLogger(__name__)
+
+MARGIN = 1 << 30
+"""Left for activations, the vocabulary's logits and everything else."""
+SPOOL_BYTES = 128 << 20
+"""Of activations that wait in memory when weights are streamed."""
+SHARE = 0.8
+"""Of what is free, that `auto` takes when it streams."""
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", re.IGNORECASE)
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a model takes in the dtype that is computed in.
+
+    Attributes:
+        layers: of each decoder layer. `beside`: of everything else.
+    """
+
+    layers: tuple[int, ...]
+    beside: int
+
+    @property
+    def total(self) -> int:
+        """Of the whole model."""
+        return sum(self.layers) + self.beside
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where weights are while a model runs.
+
+    Attributes:
+        streamed: decoder layers are loaded when a pass comes to them, and dropped behind it.
+        held: how many of the first layers stay, once loaded.
+        ahead: the next layer is loaded while one computes.
+        spread: over several GPUs.
+        reason: in one line.
+    """
+
+    streamed: bool
+    held: int = 0
+    ahead: bool = False
+    spread: bool = False
+    reason: str = ""
+
+
+def need_of(shapes: Mapping[str, Sequence[int]], layers: Sequence[str], itemsize: int) -> Need:
+    """What parameters of these shapes, by name, take; `layers` names the decoder layers' modules."""
+    each = dict.fromkeys(layers, 0)
+    beside = 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * itemsize
+        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+        if layer is None:
+            beside += size
+        else:
+            each[layer] += size
+    return Need(tuple(each.values()), beside)
+
+
+def parse_memory(text: str) -> str | int:
+    """`auto`, `resident`, `streamed`, or a size in bytes (`16GB`, `500MB`, `8GiB`).
+
+    Raises:
+        AbliterateError: it is none of them.
+    """
+    if text in ("auto", "resident", "streamed"):
+        return text
+    found = _SIZE.fullmatch(text.strip())
+    size = int(float(found[1]) * UNITS[found[2].lower()]) if found and found[2].lower() in UNITS else 0
+    if size <= 0:
+        raise AbliterateError(f"--memory {text[:40]!a} is not auto, resident, streamed, or a size such as 16GB")
+    return size
+
+
+def place(memory: str | int, need: Need, device: torch.device) -> Placement:
+    """Decides.
+
+    Args:
+        memory: see `parse_memory`.
+    """
+    if memory == "resident":
+        return Placement(False, reason="asked for", spread=_spread(need, device))
+    if memory == "streamed":
+        return Placement(True, ahead=device.type == "cuda", reason="asked for")
+    free = available(device) if memory == "auto" else int(memory)
+    if need.total + MARGIN <= free or _spread(need, device):
+        reason = f"{_shown(need.total)} of weights fit into {_shown(free)}"
+        return Placement(False, reason=reason, spread=_spread(need, device))
+    limit = int(free * SHARE) if memory == "auto" else free
+    return _streamed(need, device, limit, f"{_shown(need.total)} of weights do not fit into {_shown(free)}")
+
+
+def _streamed(need: Need, device: torch.device, limit: int, reason: str) -> Placement:
+    """Layers stay, from the first on, as far as there is room beside the one that computes and the next one."""
+    beside = need.beside if device.type != "cpu" else 0
+    room = limit - MARGIN - beside - 2 * max(need.layers, default=0)
+    ahead, held = room >= 0 or device.type == "cuda", 0
+    for size in need.layers:
+        room -= size
+        if room < 0:
+            break
+        held += 1
+    return Placement(True, held, ahead, reason=reason)
+
+
+def _spread(need: Need, device: torch.device) -> bool:
+    """Whether one GPU is too small and all of them together are not."""
+    count = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
+    if count < 2:
+        return False
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(count)]
+    return free[0] < need.total + MARGIN <= sum(free)
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can be had on a device: what the machine, the container and the process's limits leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    left = [psutil.virtual_memory().available]
+    for limit, used in _CGROUPS:
+        left += _left(Path(limit), Path(used))
+    own = psutil.Process().memory_info()
+    for kind, taken in ((resource.RLIMIT_AS, own.vms), (resource.RLIMIT_DATA, own.rss)):
+        soft = resource.getrlimit(kind)[0]
+        left += [soft - taken] if soft != resource.RLIM_INFINITY else []
+    return max(0, min(left))
+
+
+def _left(limit: Path, used: Path) -> list[int]:
+    """What a container's limit leaves; nothing where there is none."""
+    try:
+        most, now = limit.read_text().strip(), int(used.read_text())
+    except (OSError, ValueError):
+        return []
+    return [int(most) - now] if most.isdigit() and int(most) < 2**60 else []
+
+
+def _shown(size: int) -> str:
+    return f"{size / 10**9:.1f} GB"

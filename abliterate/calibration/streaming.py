@@ -1,0 +1,102 @@
+"""From a checkpoint to a model whose decoder layers are streamed through memory."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate.architecture.conversion import usable
+from abliterate.architecture.writer import Plan
+from abliterate.calibration.load import from_pretrained, head_of, prompts_a_pass
+from abliterate.calibration.memory import SPOOL_BYTES, Placement
+from abliterate.calibration.model import LanguageModel
+from abliterate.calibration.runner import Resident, Runner, Streamed
+from abliterate.calibration.spool import Spool
+from abliterate.calibration.store import LayerStore
+from abliterate.calibration.tour import find_stream
+from abliterate.checkpoint.files import Checkpoint
+from abliterate.checkpoint.read import read_tensor
+from abliterate.errors import AbliterateError, CheckpointError, first_line
+
+log = logging.getLogger(__name__)
+
+
+def load_streamed(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    placement: Placement,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    scratch: Path,
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
+    tied_head: bool = False,
+    tokenizer: Any = None,
+) -> LanguageModel:
+    """A model that gives the same numbers, bit by bit, as one in memory.
+
+    Args:
+        scratch: folder on a disk with room for the embedding, the head, and activations that outgrow memory.
+
+    Raises:
+        CheckpointError: weights are missing, or of the wrong shape.
+    """
+    opener = _by_layer if usable() else _by_accelerate
+    model, runner = opener(checkpoint, plan, placement, device, dtype, scratch, trust_remote_code)
+
+    def read(name: str) -> torch.Tensor:
+        return read_tensor(checkpoint.shard_of(name), checkpoint.tensors[name]).to(dtype)
+
+    stream = find_stream(model, plan, tied_head, read, runner)
+    return LanguageModel(model, tokenizer, stream, head_of(model, plan), batch_size or prompts_a_pass(device), runner)
+
+
+Opener = Callable[[Checkpoint, Plan, Placement, torch.device, torch.dtype, Path, bool], tuple[Any, Runner]]
+
+
+def _by_layer(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    placement: Placement,
+    device: torch.device,
+    dtype: torch.dtype,
+    scratch: Path,
+    trust_remote_code: bool,
+) -> tuple[Any, Runner]:
+    """All prompts go through a layer together while it is in memory."""
+    try:
+        store = LayerStore(
+            checkpoint,
+            plan.runtime.layers,
+            dtype=dtype,
+            device=device,
+            scratch=scratch,
+            held=placement.held,
+            ahead=placement.ahead,
+            trust_remote_code=trust_remote_code,
+        )
+    except AbliterateError:
+        raise
+    except Exception as error:  # damaged weights and configs raise errors of many kinds, some of them plain ones
+        raise CheckpointError(f"{checkpoint.folder} cannot be streamed: {first_line(error)}") from error
+    return store.model, Streamed(store, Spool(scratch, SPOOL_BYTES))
+
+
+def _by_accelerate(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    placement: Placement,
+    device: torch.device,
+    dtype: torch.dtype,
+    scratch: Path,
+    trust_remote_code: bool,
+) -> tuple[Any, Runner]:
+    """Public interfaces alone: accelerate brings each layer's weights in again for every batch."""
+    devices: dict[str, Any] = {"": device if device.index is not None else device.type}
+    for name in plan.runtime.layers[placement.held :]:
+        devices[name] = "disk"
+    settings = {"device_map": devices, "offload_folder": str(scratch)}
+    return from_pretrained(checkpoint.folder, plan, dtype, trust_remote_code, **settings), Resident()
