@@ -5,35 +5,17 @@ by minus the sum over writers and tokens of (grad_o s . r)(o . r). Outputs and g
 candidates share them.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from abliterate.calibration.hooks import first_tensor, replace_first
+from abliterate.calibration.backward import gradients_at
+from abliterate.calibration.lockstep import Call
 from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.direction.score import refusal_score
 from abliterate.progress import SILENT, Progress
-
-
-@contextmanager
-def _with_gradients(modules: Sequence[nn.Module]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Collects the modules' outputs, with the modules' numbers, as nodes of the gradient graph."""
-    outputs: list[tuple[int, Tensor]] = []
-
-    def hook(number: int, output: Any) -> Any:
-        hidden = first_tensor(output)
-        node = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-        outputs.append((number, node))
-        return replace_first(output, node)
-
-    with ExitStack() as stack:
-        for number, module in enumerate(modules):
-            handle = module.register_forward_hook(lambda _m, _a, out, number=number: hook(number, out))
-            stack.callback(handle.remove)
-        yield outputs
 
 
 def first_order_bypass(
@@ -51,22 +33,38 @@ def first_order_bypass(
     Returns:
         [candidates] fp64.
     """
+    weights, writers = model.runner.weights(model.stream.layers), model.stream.writers
+    calls: list[Call[Tensor]] = [
+        partial(_score, model, [prompts[i] for i in rows], refusal_tokens) for rows in model.batches(prompts)
+    ]
+    together = [calls] if model.runner.streamed else [[call] for call in calls]
     total = torch.zeros(len(units), dtype=torch.float64)
-    with progress.bar("first-order screen", len(prompts), "prompt") as advance:
-        for rows in model.batches(prompts):
-            total += _batch([prompts[i] for i in rows], model, refusal_tokens, units.to(model.device))
-            advance(len(rows))
+    with progress.bar("first-order screen", 2 * len(model.stream.layers) * len(together), "layer") as advance:
+        for group in together:
+            changes = _Changes(model, units.to(model.device), len(group))
+            scores = gradients_at(weights, writers, group, changes.add, advance, model.runner.spool)
+            for score, change in zip(scores, changes.totals, strict=True):
+                total += score.cpu().double() + change
     return total / len(prompts)
 
 
-def _batch(prompts: Sequence[Tokens], model: LanguageModel, refusal_tokens: Sequence[int], units: Tensor) -> Tensor:
-    with torch.enable_grad(), _with_gradients(model.stream.writers) as outputs:
-        score = refusal_score(model.logits(prompts), refusal_tokens).sum()
-        gradients = torch.autograd.grad(score, [node for _, node in outputs], allow_unused=True)
-    change = torch.zeros(len(units), dtype=torch.float64)
-    seen = model.stream.along(units)
-    for (number, output), gradient in zip(outputs, gradients, strict=True):
-        if gradient is not None:
-            along = (gradient.float() @ seen[number].T) * (output.detach().float() @ seen[number].T)
-            change -= along.flatten(0, -2).cpu().double().sum(0)
-    return change + score.detach().cpu().double()
+def _score(model: LanguageModel, prompts: Sequence[Tokens], refusal_tokens: Sequence[int]) -> Tensor:
+    return refusal_score(model.logits(prompts), refusal_tokens).sum()
+
+
+class _Changes:
+    """Adds up what the scores change by, to first order: of each call alone, so that their order makes no difference.
+
+    Attributes:
+        totals: [calls, candidates].
+    """
+
+    def __init__(self, model: LanguageModel, units: Tensor, calls: int) -> None:
+        self._seen = model.stream.along(units)
+        self.totals = torch.zeros(calls, len(units), dtype=torch.float64)
+
+    def add(self, call: int, number: int, output: Tensor, gradient: Tensor) -> None:
+        """Takes one output of a writer."""
+        r = self._seen[number].T.to(gradient.device)
+        along = (gradient.float() @ r) * (output.float() @ r)
+        self.totals[call] -= along.flatten(0, -2).cpu().double().sum(0)
