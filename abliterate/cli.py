@@ -22,6 +22,7 @@ from abliterate.options import (
     exhaustive_option,
     inexact_option,
     json_option,
+    max_new_tokens_option,
     prompt_options,
     recipe_option,
     remote_code_option,
@@ -71,6 +72,7 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @inexact_option
 @click.option("--no-evaluate", is_flag=True, help="Leave out the evaluation before and after.")
+@max_new_tokens_option
 @json_option
 @voice_options
 def convert(
@@ -207,6 +209,7 @@ def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any)
 @revision_option
 @prompt_options
 @run_options
+@max_new_tokens_option
 @json_option
 @voice_options
 def evaluate(model: str, baseline: str | None, as_json: bool, **given: Any) -> None:
@@ -265,9 +268,10 @@ def _recipe(given: Mapping[str, Any]) -> Recipe:
 def _run_options(given: Mapping[str, Any]) -> Any:
     from abliterate.subject import RunOptions
 
-    names = ("device", "dtype", "batch_size", "seed", "trust_remote_code", "template", "system_prompt")
+    names = ("device", "dtype", "memory", "batch_size", "seed", "trust_remote_code", "template", "system_prompt")
     _set_up_logging(given)
     chosen = {name: given[name] for name in names} | {"inexact": given.get("inexact", False)}
+    chosen["max_new_tokens"] = given.get("max_new_tokens")
     return RunOptions(**chosen, progress=Progress(False if given["quiet"] else None))
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ def convert(
     job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
     with staged(Path(out), overwrite=overwrite, inputs=[job.subject.folder]) as staging:
         check_space(staging.folder, output_bytes(job))
+        job = replace(job, options=replace(job.options, scratch=staging.folder))
         findings = study_base(job)
         written = write_edited(job, findings, staging.folder)
         certificate, edited = prove(job, findings, staging.folder)
@@ -161,7 +162,8 @@ def study_base(job: Job) -> BaseFindings:
 def _evaluation_data(job: Job, model: Any, found: FoundDirection | None) -> EvaluationSet:
     progress = job.options.progress
     ids = found.refusal_tokens.ids if found else discovered_tokens(model, job.tongue, job.prompts, progress)
-    return evaluation_set(job.tongue, job.prompts, ids, job.recipe.evaluation.max_new_tokens)
+    tokens = job.options.max_new_tokens or job.recipe.evaluation.max_new_tokens
+    return evaluation_set(job.tongue, job.prompts, ids, tokens)
 
 
 def write_edited(job: Job, findings: BaseFindings, folder: Path) -> Written:

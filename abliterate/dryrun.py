@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.architecture.writer import Plan
+from abliterate.calibration.load import pick_device, pick_dtype
 from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.glimpse import glimpse
@@ -11,7 +12,7 @@ from abliterate.checkpoint.output import check_target
 from abliterate.conversion import prepare
 from abliterate.job import Job, output_bytes
 from abliterate.recipe import Recipe
-from abliterate.subject import RunOptions, subject_at
+from abliterate.subject import RunOptions, placement_of, subject_at
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,12 @@ def dry_run(
 def _summary(job: Job, out: Path) -> str:
     plan, checkpoint = job.subject.plan, job.subject.checkpoint
     source = f"the direction in {job.direction_file}" if job.direction_file else "a direction found by calibration"
+    device = pick_device(job.options.device)
+    dtype = pick_dtype(job.options.dtype, device, job.subject.stored_dtype)
+    placement = placement_of(job.subject, job.options, dtype, device)
+    weights = "streamed layer by layer" if placement.streamed else "kept in memory"
     return (
         f"{len(plan.writers)} residual writers of {len(checkpoint.tensors)} tensors would be edited along {source}, "
-        f"and {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.shards)} shards written to {out}"
+        f"and {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.shards)} shards written to {out}; "
+        f"models would run with their weights {weights} ({placement.reason})"
     )

@@ -86,6 +86,7 @@ def command_of(subject: Subject, recipe: Recipe, direction: Path | None, options
         ("--dtype", None if options.dtype == "auto" else options.dtype),
         ("--batch-size", options.batch_size),
         ("--seed", options.seed or None),
+        ("--max-new-tokens", options.max_new_tokens if evaluate else None),
     )
     for flag, value in optional:
         words += [flag, str(value)] if value is not None else []

@@ -69,7 +69,8 @@ def evaluate(
     tongue = _speaking(subject, options, chosen)
     prompts = load_calibration(chosen.calibration, options.seed)
     tokens = _refusal_tokens(subject, reference, options, tongue, prompts)
-    data = evaluation_set(tongue, prompts, tokens, chosen.evaluation.max_new_tokens)
+    longest = options.max_new_tokens or chosen.evaluation.max_new_tokens
+    data = evaluation_set(tongue, prompts, tokens, longest)
     if reference is None:
         alone = evaluate_model(_loaded(subject, options, tongue), data, None, options.progress)
         return EvaluationReport(subject.name, alone.evaluation)

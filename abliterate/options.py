@@ -5,6 +5,9 @@ from typing import Any
 
 import click
 
+from abliterate.errors import AbliterateError
+from abliterate.sizes import parse_memory
+
 Command = Callable[..., Any]
 
 
@@ -15,6 +18,14 @@ def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], C
         return command
 
     return decorate
+
+
+def _memory(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    try:
+        parse_memory(value)
+    except AbliterateError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
 
 
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
@@ -47,6 +58,9 @@ remote_code_option = click.option(
 inexact_option = click.option(
     "--inexact", is_flag=True, help="Also where no direction is exact on the architecture; nothing is certified then."
 )
+max_new_tokens_option = click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Of completions.  [default: the recipe's]"
+)
 run_options = _options(
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option(
@@ -55,6 +69,14 @@ run_options = _options(
         default="auto",
         show_default=True,
         help="Of calibration and evaluation; certificates always compute in float32.",
+    ),
+    click.option(
+        "--memory",
+        default="auto",
+        show_default=True,
+        metavar="auto|resident|streamed|SIZE",
+        callback=_memory,
+        help="Weights in memory, or one decoder layer at a time; SIZE (16GB) is what they may take.",
     ),
     click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Prompts a pass.  [default: by device]"),
     click.option(

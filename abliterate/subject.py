@@ -14,7 +14,7 @@ from abliterate.architecture.entry import check_type, find_entry
 from abliterate.architecture.plan import plan_architecture
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.load import load_resident, load_tokenizer, pick_device, pick_dtype
-from abliterate.calibration.memory import Need, need_of, parse_memory, place
+from abliterate.calibration.memory import Need, Placement, need_of, place
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.streaming import load_streamed
 from abliterate.checkpoint.files import Checkpoint, open_checkpoint
@@ -23,6 +23,7 @@ from abliterate.checkpoint.locate import Source, resolve
 from abliterate.errors import RefusedError
 from abliterate.probing import inexact_entry, probed_entry
 from abliterate.progress import SILENT, Progress
+from abliterate.sizes import parse_memory
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class RunOptions:
         system_prompt: None leaves it to the template.
         memory: where weights are while a model runs: auto, resident, streamed, or a size (see `parse_memory`).
         scratch: folder for what outgrows memory; None takes the system's for temporary files.
+        max_new_tokens: of completions in evaluations; None leaves it to the recipe.
     """
 
     device: str = "auto"
@@ -53,6 +55,7 @@ class RunOptions:
     system_prompt: str | None = None
     memory: str = "auto"
     scratch: Path | None = field(default=None, compare=False)
+    max_new_tokens: int | None = None
     progress: Progress = field(default=SILENT, compare=False)
 
 
@@ -132,7 +135,7 @@ def load_model(
     """Loads the weights as the options say; `dtype` overrides them."""
     device = pick_device(options.device)
     computing = pick_dtype(dtype or options.dtype, device, subject.stored_dtype)
-    placement = place(parse_memory(options.memory), need_of_subject(subject, computing, options), device)
+    placement = placement_of(subject, options, computing, device)
     way = "streamed through memory layer by layer" if placement.streamed else "in memory"
     level = logging.WARNING if placement.streamed and options.memory == "auto" else logging.INFO
     log.log(level, "%s on %s in %s: weights %s (%s)", subject.name, device, computing, way, placement.reason)
@@ -150,8 +153,12 @@ def load_model(
     return load_streamed(subject.checkpoint, subject.plan, placement, scratch=scratch, **common)
 
 
-def need_of_subject(subject: Subject, dtype: torch.dtype, options: RunOptions) -> Need:
-    """What the model takes in memory."""
+def placement_of(subject: Subject, options: RunOptions, dtype: torch.dtype, device: torch.device) -> Placement:
+    """Where the weights will be while the model runs, by what it needs and what there is."""
+    return place(parse_memory(options.memory), _need(subject, options, dtype), device)
+
+
+def _need(subject: Subject, options: RunOptions, dtype: torch.dtype) -> Need:
     blueprint = read_blueprint(subject.folder, subject.checkpoint.config, options.trust_remote_code)
     shapes = {name: shape for name, shape in blueprint.shapes.items() if name not in blueprint.aliases}
     return need_of(shapes, subject.plan.runtime.layers, dtype.itemsize)

@@ -113,7 +113,6 @@ class Filler:
                 raise CheckpointError(f"the weights do not fit {type(self._model).__name__}: {sorted(problems)[0]}")
 
 
-
 @contextmanager
 def _no_bars() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()

@@ -7,6 +7,7 @@ the model does between its layers stays in the graph. In memory and streamed the
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,14 +69,12 @@ def gradients_at(
     scalars: list[Tensor | None] = [None] * len(calls)
     passes = [_Pass(number) for number in range(len(calls))]
 
-    def begun(number: int) -> Tensor:
-        recording.passes[getcurrent()] = passes[number]
-        with watching(watched, passes[number].nodes):
-            return calls[number]()
+    def begun(one: _Pass) -> Tensor:
+        recording.passes[getcurrent()] = one
+        with watching(watched, one.nodes):
+            return calls[one.number]()
 
-    for number, scalar in lockstep(
-        weights, [lambda number=number: begun(number) for number in range(len(calls))], recording, gradients=True
-    ):
+    for number, scalar in lockstep(weights, [partial(begun, one) for one in passes], recording, gradients=True):
         scalars[number] = scalar.detach()
         passes[number].pending.append((scalar, torch.ones_like(scalar)))
     while any(one.visits for one in passes):

@@ -21,13 +21,11 @@ Call = Callable[[], T]
 
 
 class Weights(Protocol):
-    """Where decoder layers get their weights from.
+    """Where decoder layers get their weights from."""
 
-    Attributes:
-        layers: the modules, in order.
-    """
-
-    layers: Sequence[nn.Module]
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The modules, in order."""
 
     def load(self, index: int) -> None:
         """Puts the weights into a layer."""
@@ -119,11 +117,11 @@ def _gate(index: int, forward: Callable[..., Any], visit: Layer) -> Callable[...
 def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Has a module run another forward method."""
     own = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if own is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own

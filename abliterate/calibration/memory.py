@@ -1,7 +1,6 @@
 """How much memory there is, how much a model needs, and so whether its weights stay in it or are streamed through."""
 
 import logging
-import re
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from abliterate.errors import AbliterateError
+from abliterate.sizes import shown
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +19,6 @@ SPOOL_BYTES = 128 << 20
 """Of activations that wait in memory when weights are streamed."""
 SHARE = 0.8
 """Of what is free, that `auto` takes when it streams."""
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", re.IGNORECASE)
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -78,21 +75,6 @@ def need_of(shapes: Mapping[str, Sequence[int]], layers: Sequence[str], itemsize
     return Need(tuple(each.values()), beside)
 
 
-def parse_memory(text: str) -> str | int:
-    """`auto`, `resident`, `streamed`, or a size in bytes (`16GB`, `500MB`, `8GiB`).
-
-    Raises:
-        AbliterateError: it is none of them.
-    """
-    if text in ("auto", "resident", "streamed"):
-        return text
-    found = _SIZE.fullmatch(text.strip())
-    size = int(float(found[1]) * UNITS[found[2].lower()]) if found and found[2].lower() in UNITS else 0
-    if size <= 0:
-        raise AbliterateError(f"--memory {text[:40]!a} is not auto, resident, streamed, or a size such as 16GB")
-    return size
-
-
 def place(memory: str | int, need: Need, device: torch.device) -> Placement:
     """Decides.
 
@@ -105,10 +87,10 @@ def place(memory: str | int, need: Need, device: torch.device) -> Placement:
         return Placement(True, ahead=device.type == "cuda", reason="asked for")
     free = available(device) if memory == "auto" else int(memory)
     if need.total + MARGIN <= free or _spread(need, device):
-        reason = f"{_shown(need.total)} of weights fit into {_shown(free)}"
+        reason = f"{shown(need.total)} of weights fit into {shown(free)}"
         return Placement(False, reason=reason, spread=_spread(need, device))
     limit = int(free * SHARE) if memory == "auto" else free
-    return _streamed(need, device, limit, f"{_shown(need.total)} of weights do not fit into {_shown(free)}")
+    return _streamed(need, device, limit, f"{shown(need.total)} of weights do not fit into {shown(free)}")
 
 
 def _streamed(need: Need, device: torch.device, limit: int, reason: str) -> Placement:
@@ -154,7 +136,3 @@ def _left(limit: Path, used: Path) -> list[int]:
     except (OSError, ValueError):
         return []
     return [int(most) - now] if most.isdigit() and int(most) < 2**60 else []
-
-
-def _shown(size: int) -> str:
-    return f"{size / 10**9:.1f} GB"

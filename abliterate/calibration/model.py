@@ -130,8 +130,8 @@ class LanguageModel:
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
-    def batches(self, prompts: Sequence[Tokens]) -> Iterator[list[int]]:
-        """Indices of prompts, similar lengths together, so that little is spent on padding.
+    def batches(self, prompts: Sequence[Tokens], steers: Sequence[Steer] | None = None) -> Iterator[list[int]]:
+        """Indices of prompts, similar lengths together, so that little is spent on padding; additions apart.
 
         Raises:
             CalibrationError: one is longer than the model has positions.
@@ -140,7 +140,8 @@ class LanguageModel:
         positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
         if isinstance(positions, int) and 0 < positions < longest:
             raise CalibrationError(f"a prompt has {longest} tokens, and the model {positions} positions; shorten it")
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        adds = [steer.add is not None for steer in steers] if steers else [False] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda index: (adds[index], len(prompts[index])))
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
@@ -175,7 +176,7 @@ class LanguageModel:
             positions: P, how many positions from the end to keep the layers' inputs at.
             progress: where the bar goes, titled `description`.
         """
-        batches = list(self.batches(prompts))
+        batches = list(self.batches(prompts, steers))
         calls: list[Call[Batch]] = []
         for rows in batches:
             chosen = [steers[i] for i in rows] if steers else []

@@ -1,5 +1,6 @@
 """How forward passes are run: one after another on weights in memory, or all together on weights that come and go."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -33,21 +34,29 @@ class Bar:
 
 
 class Runner(Protocol):
-    """Runs calls of a model's forward pass.
+    """Runs calls of a model's forward pass."""
 
-    Attributes:
-        streamed: weights are read for every run anew, so that calls had better come together.
-        spool: where activations wait.
-    """
+    @property
+    def streamed(self) -> bool:
+        """Whether weights are read for every run anew, so that calls had better come together."""
 
-    streamed: bool
-    spool: Spool | None
+    @property
+    def spool(self) -> Spool | None:
+        """Where activations wait that outgrow memory."""
 
     def weights(self, layers: Sequence[nn.Module]) -> Weights:
         """Of these decoder layers."""
 
     def run(self, calls: Sequence[Call[T]], bar: Bar) -> Iterator[tuple[int, T]]:
         """Yields the number of each call and what it returned, as they finish."""
+
+
+class Store(Weights, Protocol):
+    """Weights that are read from somewhere."""
+
+    @property
+    def bytes_read(self) -> int:
+        """So far."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,8 @@ class _InMemory:
 class Resident:
     """All weights are in memory: one call after another."""
 
-    streamed, spool = False, None
+    streamed = False
+    spool: Spool | None = None
 
     def weights(self, layers: Sequence[nn.Module]) -> Weights:
         """See `Runner`."""
@@ -81,18 +91,23 @@ class Resident:
                 advance(size)
 
 
-@dataclass(frozen=True)
 class Streamed:
     """One decoder layer at a time is in memory: all calls together, layer by layer.
 
-    Attributes:
+    Args:
         store: of the layers' weights.
         spool: where activations wait that outgrow memory.
+
+    Attributes:
+        pass_bytes, pass_seconds: what the last run read of stored weights, and took, for every time it passed through
+            all layers.
     """
 
-    store: Weights
-    spool: Spool | None
     streamed = True
+
+    def __init__(self, store: Store, spool: Spool | None) -> None:
+        self.store, self.spool = store, spool
+        self.pass_bytes, self.pass_seconds = 0, 0.0
 
     def weights(self, layers: Sequence[nn.Module]) -> Weights:
         """See `Runner`."""
@@ -100,18 +115,22 @@ class Streamed:
 
     def run(self, calls: Sequence[Call[T]], bar: Bar) -> Iterator[tuple[int, T]]:
         """See `Runner`."""
-        layers = len(self.store.layers)
+        layers, read, start = len(self.store.layers), self.store.bytes_read, time.monotonic()
         with bar.progress.bar(bar.description, layers * bar.steps, "layer") as advance:
+            counted = _Counting(self.store, advance)
             visit = _Spilling(self.spool, len(calls), layers) if self.spool else None
-            yield from lockstep(Counting(self.store, advance), calls, visit or Layer())
+            yield from lockstep(counted, calls, visit)
+        rounds = max(1.0, counted.visited / layers)
+        self.pass_bytes = int((self.store.bytes_read - read) / rounds)
+        self.pass_seconds = (time.monotonic() - start) / rounds
 
 
-class Counting:
+class _Counting:
     """Weights, with a progress bar that moves on with every layer."""
 
     def __init__(self, weights: Weights, advance: Advance) -> None:
         self._weights, self._advance = weights, advance
-        self.layers = weights.layers
+        self.layers, self.visited = weights.layers, 0
 
     def load(self, index: int) -> None:
         """See `Weights`."""
@@ -120,6 +139,7 @@ class Counting:
     def release(self, index: int) -> None:
         """See `Weights`."""
         self._weights.release(index)
+        self.visited += 1
         self._advance(1)
 
 

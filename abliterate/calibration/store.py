@@ -34,7 +34,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: b
     config = read_config(checkpoint.folder, content, trust_remote_code)
     build = model_class(config, content, trust_remote_code)
     with quiet(), init_empty_weights(include_buffers=False):
-        model = build._from_config(config, dtype=dtype) if isinstance(build, type) else build(config, dtype=dtype)
+        model = (build._from_config if isinstance(build, type) else build)(config, dtype=dtype)  # type: ignore[attr-defined]
     model.tie_weights()
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
@@ -79,7 +79,7 @@ class LayerStore:
         self._held, self._kept = held, set[int]()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layers") if ahead else None
         self._coming: dict[int, Future[None]] = {}
-        self._copies = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
+        self._copies = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.bytes_read = 0
         self._fill_beside(beside, places, scratch)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from abliterate.calibration.hooks import NOTHING, Steer
+from abliterate.calibration.hooks import Steer
 from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.direction.means import Directions
 from abliterate.direction.score import kl_divergence, refusal_score
@@ -41,82 +41,75 @@ class ScoreSheet:
     induce: dict[Key, list[float]] = field(default_factory=dict)
     kl: dict[Key, list[float]] = field(default_factory=dict)
     passes: int = 0
-    _base: Tensor | None = None
+    _base: tuple[Tensor, list[float]] | None = None
 
     def baseline(self, progress: Progress = SILENT) -> Tensor:
         """Logits [harmless prompts, vocabulary] of the untouched model."""
-        if self._base is None:
-            self._base = self._logits(self.data.harmless, None, progress, "baseline")
-        return self._base
+        return self._untouched(progress)[0]
 
     def baseline_scores(self) -> tuple[float, float]:
         """Mean refusal scores of the untouched model on harmful and harmless validation prompts."""
-        harmful = self._scores(self.data.harmful, [NOTHING] * len(self.data.harmful), SILENT, "baseline")
-        harmless = refusal_score(self.baseline(), self.data.refusal_tokens)
-        return sum(harmful) / len(harmful), float(harmless.mean())
+        logits, harmful = self._untouched(SILENT)
+        return sum(harmful) / len(harmful), float(refusal_score(logits, self.data.refusal_tokens).mean())
 
-    def _logits(
-        self, prompts: Sequence[Tokens], steers: Sequence[Steer] | None, progress: Progress, description: str
-    ) -> Tensor:
-        self.passes += len(prompts)
-        gathered: list[Tensor | None] = [None] * len(prompts)
-        for batch in self.model.forward(prompts, steers, progress=progress, description=description):
-            for row, logits in zip(batch.rows, batch.logits, strict=True):
-                gathered[row] = logits
-        return torch.stack([logits for logits in gathered if logits is not None])
+    def _untouched(self, progress: Progress) -> tuple[Tensor, list[float]]:
+        """Logits on harmless prompts and refusal scores on harmful ones, measured once."""
+        if self._base is None:
+            count = len(self.data.harmful)
+            prompts = [*self.data.harmful, *self.data.harmless]
+            scores, logits = [0.0] * count, dict[int, Tensor]()
+            for batch in self.model.forward(prompts, progress=progress, description="baseline"):
+                for row, score, last in zip(batch.rows, self._scored(batch.logits), batch.logits, strict=True):
+                    if row < count:
+                        scores[row] = score
+                    else:
+                        logits[row] = last
+            self.passes += len(prompts)
+            self._base = (torch.stack([logits[row] for row in range(count, len(prompts))]), scores)
+        return self._base
 
-    def measure_bypass(self, keys: Sequence[Key], count: int, progress: Progress = SILENT) -> None:
-        """Refusal scores with the candidate ablated, on the first `count` harmful prompts."""
-        jobs = self._missing(self.bypass, keys, count, len(self.data.harmful))
-        steers = [Steer(ablate=self.directions.unit(*key)) for key, _ in jobs]
-        scores = self._scores([self.data.harmful[i] for _, i in jobs], steers, progress, "bypass")
-        self._store(self.bypass, jobs, scores)
+    def measure(self, keys: Sequence[Key], count: int, progress: Progress = SILENT) -> None:
+        """All three scores on the first `count` prompts of each set, as far as they are missing, in one run.
 
-    def measure_induce(self, keys: Sequence[Key], count: int, progress: Progress = SILENT) -> None:
-        """Refusal scores with the difference of means added at its layer, on the first `count` harmless prompts."""
-        jobs = self._missing(self.induce, keys, count, len(self.data.harmless))
-        steers = [Steer(add=self.directions.vector(*key), layer=key[1]) for key, _ in jobs]
-        scores = self._scores([self.data.harmless[i] for _, i in jobs], steers, progress, "induce")
-        self._store(self.induce, jobs, scores)
-
-    def measure_kl(self, keys: Sequence[Key], count: int, progress: Progress = SILENT) -> None:
-        """KL(base || ablated) on the first `count` harmless prompts."""
+        Bypass: refusal score of harmful prompts with the candidate ablated. Induce: of harmless prompts with the
+        difference of means added at its layer. KL: KL(base || ablated) on harmless prompts.
+        """
         base = self.baseline(progress)
-        jobs = self._missing(self.kl, keys, count, len(self.data.harmless))
-        prompts = [self.data.harmless[i] for _, i in jobs]
-        steers = [Steer(ablate=self.directions.unit(*key)) for key, _ in jobs]
-        scores = [0.0] * len(jobs)
-        for batch in self.model.forward(prompts, steers, progress=progress, description="KL"):
-            reference = base[[jobs[row][1] for row in batch.rows]]
-            for row, value in zip(batch.rows, kl_divergence(reference, batch.logits).tolist(), strict=True):
-                scores[row] = value
+        jobs = [
+            *((self.bypass, key, i) for key, i in _missing(self.bypass, keys, count, len(self.data.harmful))),
+            *((self.kl, key, i) for key, i in _missing(self.kl, keys, count, len(self.data.harmless))),
+            *((self.induce, key, i) for key, i in _missing(self.induce, keys, count, len(self.data.harmless))),
+        ]
+        prompts = [(self.data.harmful if sheet is self.bypass else self.data.harmless)[i] for sheet, _, i in jobs]
+        steers = [self._steer(sheet, key) for sheet, key, _ in jobs]
+        values = [0.0] * len(jobs)
+        for batch in self.model.forward(prompts, steers, progress=progress, description="candidates"):
+            references = base[[0 if jobs[row][0] is self.bypass else jobs[row][2] for row in batch.rows]]
+            divergences = kl_divergence(references, batch.logits).tolist()
+            for row, score, divergence in zip(batch.rows, self._scored(batch.logits), divergences, strict=True):
+                values[row] = divergence if jobs[row][0] is self.kl else score
         self.passes += len(jobs)
-        self._store(self.kl, jobs, scores)
+        for (sheet, key, _), value in zip(jobs, values, strict=True):
+            sheet.setdefault(key, []).append(value)
 
-    def _scores(
-        self, prompts: Sequence[Tokens], steers: Sequence[Steer], progress: Progress, description: str
-    ) -> list[float]:
-        scores = [0.0] * len(prompts)
-        for batch in self.model.forward(prompts, steers, progress=progress, description=description):
-            for row, value in zip(batch.rows, refusal_score(batch.logits, self.data.refusal_tokens), strict=True):
-                scores[row] = float(value)
-        self.passes += len(prompts)
+    def _steer(self, sheet: dict[Key, list[float]], key: Key) -> Steer:
+        if sheet is self.induce:
+            return Steer(add=self.directions.vector(*key), layer=key[1])
+        return Steer(ablate=self.directions.unit(*key))
+
+    def _scored(self, logits: Tensor) -> list[float]:
+        scores: list[float] = refusal_score(logits, self.data.refusal_tokens).tolist()
         return scores
-
-    @staticmethod
-    def _missing(sheet: dict[Key, list[float]], keys: Sequence[Key], count: int, most: int) -> list[tuple[Key, int]]:
-        return [(key, i) for key in keys for i in range(len(sheet.get(key, [])), min(count, most))]
-
-    @staticmethod
-    def _store(sheet: dict[Key, list[float]], jobs: Sequence[tuple[Key, int]], scores: Sequence[float]) -> None:
-        for (key, _), score in zip(jobs, scores, strict=True):
-            sheet.setdefault(key, []).append(score)
 
     def candidate(self, key: Key) -> Candidate:
         """The candidate with the means of what was measured so far."""
         bypass, induce, kl = (_mean(sheet.get(key, [])) for sheet in (self.bypass, self.induce, self.kl))
         prompts = max(len(sheet.get(key, [])) for sheet in (self.bypass, self.induce, self.kl))
         return Candidate(*key, bypass, induce, kl, prompts)
+
+
+def _missing(sheet: dict[Key, list[float]], keys: Sequence[Key], count: int, most: int) -> list[tuple[Key, int]]:
+    return [(key, i) for key in keys for i in range(len(sheet.get(key, [])), min(count, most))]
 
 
 def _mean(values: Sequence[float]) -> float | None:

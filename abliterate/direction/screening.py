@@ -53,7 +53,7 @@ def choose_direction(
     eligible = [key for key in grid if layer_allowed(key[1], layers, thresholds)]
     each = len(sheet.data.harmful) + 2 * len(sheet.data.harmless)
     finalists = eligible if exhaustive else _screen(sheet, eligible, thresholds, progress)
-    _measure(sheet, finalists, _most(sheet), progress)
+    sheet.measure(finalists, _most(sheet), progress)
     complete = set(finalists)
     choice = select(
         [sheet.candidate(key) if key in complete else _unfinished(sheet.candidate(key)) for key in grid],
@@ -68,12 +68,6 @@ def choose_direction(
 def _most(sheet: ScoreSheet) -> int:
     """Validation prompts of the larger set."""
     return max(len(sheet.data.harmful), len(sheet.data.harmless))
-
-
-def _measure(sheet: ScoreSheet, keys: Sequence[Key], count: int, progress: Progress) -> None:
-    """All three scores on the first `count` prompts of each set."""
-    for measure in (sheet.measure_bypass, sheet.measure_kl, sheet.measure_induce):
-        measure(keys, count, progress)
 
 
 def _unfinished(candidate: Candidate) -> Candidate:
@@ -92,7 +86,7 @@ def _screen(sheet: ScoreSheet, keys: Sequence[Key], thresholds: Thresholds, prog
     for prompts, share in ROUNDS:
         count = math.ceil(prompts * _most(sheet))
         kept = ranked[: max(FINALISTS, math.ceil(share * len(keys)))]
-        _measure(sheet, kept, count, progress)
+        sheet.measure(kept, count, progress)
         ranked = _rank([sheet.candidate(key) for key in kept], thresholds)
         log.info("%d candidates on %d prompts, best %s", len(kept), count, ranked[0])
     return ranked[:FINALISTS]

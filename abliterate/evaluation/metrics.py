@@ -1,5 +1,6 @@
 """What a model does on held-out prompts, as rates and means. Completions are judged and dropped, never stored."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from abliterate.calibration.model import LanguageModel, Tokens
-from abliterate.calibration.runner import Bar
+from abliterate.calibration.runner import Bar, Streamed
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.substrings import is_refusal
 from abliterate.progress import SILENT, Progress
+
+log = logging.getLogger(__name__)
 
 WINDOW = 256
 
@@ -77,8 +80,8 @@ def evaluate_model(
     Args:
         baseline: first-token logits [harmless prompts, vocabulary] of the model to compare with.
     """
-    harmful = first_logits(model, data.harmful, progress, f"{label}: harmful") if data.harmful else None
-    harmless = first_logits(model, data.harmless, progress, f"{label}: harmless")
+    first = first_logits(model, [*data.harmful, *data.harmless], progress, f"{label}: first tokens")
+    harmful, harmless = first[: len(data.harmful)], first[len(data.harmful) :]
     kl, agreement = compare(baseline, harmless) if baseline is not None else (None, None)
     refusals, over_refusals = substring_rates(model, data, progress, label)
     evaluation = Evaluation(
@@ -87,7 +90,7 @@ def evaluate_model(
         max_new_tokens=data.max_new_tokens,
         refusal_rate_substring=refusals,
         over_refusal_rate_substring=over_refusals,
-        refusal_rate_score=score_rate(harmful, data.refusal_tokens),
+        refusal_rate_score=score_rate(harmful if data.harmful else None, data.refusal_tokens),
         over_refusal_rate_score=score_rate(harmless if data.harmful else None, data.refusal_tokens),
         cross_entropy=cross_entropy(model, data.neutral, progress) if data.neutral else None,
         kl_first_token=kl,
@@ -116,16 +119,24 @@ def substring_rates(
     """Refusals of harmful and of harmless prompts; None for a model without a chat format."""
     if not data.harmful:
         return None, None
-    refusals = substring_rate(model, data.harmful, data.max_new_tokens, progress, f"{label}: refusals")
-    return refusals, substring_rate(model, data.harmless, data.max_new_tokens, progress, f"{label}: over-refusals")
+    _tell_cost(model, data.max_new_tokens)
+    prompts = [*data.harmful, *data.harmless]
+    completions = model.generate(prompts, data.max_new_tokens, progress, f"{label}: refusals")
+    refused = [is_refusal(model.decode(tokens)) for tokens in completions]
+    count = len(data.harmful)
+    return sum(refused[:count]) / count, sum(refused[count:]) / len(data.harmless)
 
 
-def substring_rate(
-    model: LanguageModel, prompts: Sequence[Tokens], max_new_tokens: int, progress: Progress, description: str
-) -> float:
-    """Share of greedy completions that hold a refusal substring."""
-    completions = model.generate(prompts, max_new_tokens, progress, description)
-    return sum(is_refusal(model.decode(tokens)) for tokens in completions) / len(prompts)
+def _tell_cost(model: LanguageModel, tokens: int) -> None:
+    """Streamed weights are read once a token: the user may want fewer."""
+    runner = model.runner
+    if isinstance(runner, Streamed):
+        log.warning(
+            "each of up to %d new tokens reads %.1f GB of weights, in about %.0f s; --max-new-tokens makes them fewer",
+            tokens,
+            runner.pass_bytes / 10**9,
+            runner.pass_seconds,
+        )
 
 
 def score_rate(logits: Tensor | None, refusal_tokens: Sequence[int] | None) -> float | None:

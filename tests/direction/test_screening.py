@@ -62,20 +62,13 @@ class TableSheet(ScoreSheet):
 
     table: Table
 
-    def _look_up(self, name: str, keys: Sequence[Key], count: int) -> None:
-        sheet = getattr(self, name)
-        jobs = self._missing(sheet, keys, count, PROMPTS)
-        self.passes += len(jobs)
-        self._store(sheet, jobs, [float(getattr(self.table, name)[key][i]) for key, i in jobs])
-
-    def measure_bypass(self, keys: Sequence[Key], count: int, progress: Progress = SILENT) -> None:
-        self._look_up("bypass", keys, count)
-
-    def measure_induce(self, keys: Sequence[Key], count: int, progress: Progress = SILENT) -> None:
-        self._look_up("induce", keys, count)
-
-    def measure_kl(self, keys: Sequence[Key], count: int, progress: Progress = SILENT) -> None:
-        self._look_up("kl", keys, count)
+    def measure(self, keys: Sequence[Key], count: int, progress: Progress = SILENT) -> None:
+        for name in ("bypass", "kl", "induce"):
+            for key in keys:
+                known = getattr(self, name).setdefault(key, [])
+                more = getattr(self.table, name)[key][len(known) : min(count, PROMPTS)].tolist()
+                self.passes += len(more)
+                known += more
 
     def baseline_scores(self) -> tuple[float, float]:
         return 6.0, -4.0
@@ -249,8 +242,7 @@ KEYS: list[Key] = [(-1, 0), (-3, 4), (-2, 2)]
 
 
 def test_scores_are_means_over_single_prompts(model: LanguageModel, sheet: ScoreSheet) -> None:
-    for measure in (sheet.measure_bypass, sheet.measure_induce, sheet.measure_kl):
-        measure(KEYS, 100)
+    sheet.measure(KEYS, 100)
     for key in KEYS:
         ablated = Steer(ablate=sheet.directions.unit(*key))
         added = Steer(add=sheet.directions.vector(*key), layer=key[1])
@@ -269,29 +261,47 @@ def test_scores_are_means_over_single_prompts(model: LanguageModel, sheet: Score
 
 
 def test_no_prompt_goes_through_twice(sheet: ScoreSheet, seen: list[int]) -> None:
-    for count, expected in ((4, 4), (4, 0), (6, 2), (100, 3), (100, 0)):
+    harmful, harmless = len(sheet.data.harmful), len(sheet.data.harmless)
+    known = 0
+    for count in (4, 4, 6, 8, 100, 100):
         before = sum(seen), sheet.passes
-        sheet.measure_bypass(KEYS, count)
-        assert sum(seen) - before[0] == sheet.passes - before[1] == expected * len(KEYS)
-    rounds = [sheet.candidate(key).bypass for key in KEYS]
+        sheet.measure(KEYS, count)
+        now = min(count, harmful) + 2 * min(count, harmless)
+        # once, the untouched model on all prompts
+        expected = (now - known) * len(KEYS) + (0 if known else harmful + harmless)
+        assert sum(seen) - before[0] == sheet.passes - before[1] == expected
+        known = now
     fresh = ScoreSheet(sheet.model, sheet.directions, sheet.data)
-    fresh.measure_bypass(KEYS, 9)
-    assert rounds == pytest.approx([fresh.candidate(key).bypass for key in KEYS], rel=1e-5)
-    before = sum(seen), sheet.passes
-    sheet.measure_kl(KEYS, 5)
-    sheet.measure_kl(KEYS, 7)
-    # 7 of them for the baseline, once
-    assert sum(seen) - before[0] == sheet.passes - before[1] == 7 * (len(KEYS) + 1)
+    fresh.measure(KEYS, 100)
+    for name in ("bypass", "kl", "induce"):
+        rounds, at_once = ([getattr(s.candidate(key), name) for key in KEYS] for s in (sheet, fresh))
+        assert rounds == pytest.approx(at_once, rel=1e-4, abs=1e-6)
+
+
+def test_a_round_is_one_run(sheet: ScoreSheet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamed, every run reads all the weights."""
+    runs: list[str] = []
+    forward = LanguageModel.forward
+
+    def counted(self: LanguageModel, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        runs.append(kwargs["description"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LanguageModel, "forward", counted)
+    sheet.measure(KEYS, 4)
+    sheet.measure(KEYS[:2], 9)
+    sheet.baseline_scores()
+    assert runs == ["baseline", "candidates", "candidates"]
 
 
 def test_a_model_the_whole_way(sheet: ScoreSheet, seen: list[int]) -> None:
     anything = Thresholds(max_layer_fraction=1.0, max_kl=1e6, min_induce=-1e6)
     quick = choose_direction(sheet, anything)
-    # forward passes of the screen, its backward ones as two more, and the baseline on harmful prompts for the record
-    assert quick.passes == sum(seen) + 2 * 9 - 9
+    # forward passes, and the screen's backward ones as two more each
+    assert quick.passes == sum(seen) + 2 * 9
     seen.clear()
     whole = choose_direction(ScoreSheet(sheet.model, sheet.directions, sheet.data), anything, exhaustive=True)
-    assert whole.passes == sum(seen) - 9 == whole.exhaustive_passes + 7 == 18 * (9 + 7 + 7) + 7
+    assert whole.passes == sum(seen) == whole.exhaustive_passes + 16 == 18 * (9 + 7 + 7) + 16
     assert key_of(quick) == key_of(whole)
     assert quick.choice.pick.bypass == pytest.approx(whole.choice.pick.bypass, rel=1e-5)
     best = min(c.bypass for c in whole.choice.candidates if c.bypass is not None)

@@ -20,7 +20,7 @@ from abliterate.evaluation.metrics import (
     cross_entropy,
     evaluate_model,
     score_rate,
-    substring_rate,
+    substring_rates,
 )
 from abliterate.progress import SILENT
 from tests.resident import VOCABULARY, llama, random_prompts, resident
@@ -80,8 +80,11 @@ class Words:
 
 def test_substrings_in_what_the_model_itself_writes() -> None:
     made = resident(MODEL.model, batch_size=3, tokenizer=Words())
-    expected = share([any(token % 8 == 0 for token in tokens) for tokens in made.generate(HARMLESS, 3)])
-    assert substring_rate(made, HARMLESS, 3, SILENT, "refusals") == pytest.approx(expected) and 0 < expected < 1
+    wrote = made.generate([*HARMFUL, *HARMLESS], 3)
+    refused = [any(token % 8 == 0 for token in tokens) for tokens in wrote]
+    expected = share(refused[: len(HARMFUL)]), share(refused[len(HARMFUL) :])
+    found = substring_rates(made, dataclasses.replace(DATA, max_new_tokens=3), SILENT, "refusals")
+    assert found == pytest.approx(expected) and 0 < sum(expected) < 2
 
 
 def test_refusals_by_score() -> None:
