@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from abliterate.architecture.blueprint import Place, model_class, quiet, read_bl
 from abliterate.architecture.conversion import Filler
 from abliterate.calibration.spool import mapped
 from abliterate.checkpoint.files import Checkpoint
-from abliterate.checkpoint.read import iter_blocks
-from abliterate.errors import CheckpointError
+from abliterate.checkpoint.header import Header
+from abliterate.checkpoint.read import iter_blocks, open_shard
+from abliterate.errors import CheckpointError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,8 @@ class LayerStore:
 
     def _fill(self, names: Sequence[str]) -> None:
         with ExitStack() as stack, torch.inference_mode(False), quiet():
-            paths = {self._checkpoint.shard_of(name).path for name in names}
-            opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
+            shards = {shard.path: shard for shard in map(self._checkpoint.shard_of, names)}
+            opened = {path: stack.enter_context(_opened(shard)) for path, shard in shards.items()}
             slices = {name: opened[self._checkpoint.shard_of(name).path].get_slice(name) for name in names}
             self._filler.fill(slices, self._device)
         self.bytes_read += sum(self._checkpoint.tensors[name].nbytes for name in names)
@@ -215,6 +216,17 @@ def grouped(
         filled = [p for name in names[layer] for p in places[name].parameters]
         groups.append(Group(tuple(names[layer]), tuple(_slot(model, p) for p in dict.fromkeys(filled))))
     return tuple(groups), tuple(beside)
+
+
+@contextmanager
+def _opened(shard: Header) -> Iterator[Any]:
+    with open_shard(shard):  # is it the file whose header was read?
+        try:
+            opened = safe_open(shard.path, framework="pt")
+        except Exception as error:  # the library's own errors are plain ones
+            raise CheckpointError(f"{shard.path} cannot be read: {first_line(error)}") from error
+        with opened as tensors:
+            yield tensors
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,12 +1,14 @@
 """From a checkpoint to a model whose decoder layers are streamed through memory."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from abliterate.architecture.blueprint import read_blueprint
 from abliterate.architecture.conversion import usable
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.load import from_pretrained, head_of, prompts_a_pass
@@ -95,8 +97,20 @@ def _by_accelerate(
     trust_remote_code: bool,
 ) -> tuple[Any, Runner]:
     """Public interfaces alone: accelerate brings each layer's weights in again for every batch."""
-    devices: dict[str, Any] = {"": device if device.index is not None else device.type}
-    for name in plan.runtime.layers[placement.held :]:
-        devices[name] = "disk"
+    model = read_blueprint(checkpoint.folder, checkpoint.config, trust_remote_code).model
+    devices = _device_map(model, plan.runtime.layers[placement.held :], device)
     settings = {"device_map": devices, "offload_folder": str(scratch)}
     return from_pretrained(checkpoint.folder, plan, dtype, trust_remote_code, **settings), Resident()
+
+
+def _device_map(model: nn.Module, layers: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Layers on the disk, and everything else, in as few modules as will do, on the device."""
+    devices: dict[str, Any] = dict.fromkeys(layers, "disk")
+    above = {name.rsplit(".", depth)[0] for name in layers for depth in range(1, name.count(".") + 1)} | {""}
+    for name, _ in model.named_modules():
+        if name and name not in above and name.rpartition(".")[0] in above and name not in devices:
+            devices[name] = str(device)
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        if name.rpartition(".")[0] in above:
+            devices[name] = str(device)
+    return devices
