@@ -95,9 +95,7 @@ def test_passes_run_without_gradients_unless_they_are_asked_for() -> None:
     for gradients in (False, True):
         for _, (inference, grad) in lockstep(shelf, [modes, modes], gradients=gradients):
             assert (inference, grad) == (not gradients, gradients)
-            assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled(), (
-                "what is made of it runs as before"
-            )
+            assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled(), "as before"
 
 
 def test_an_error_in_one_pass_ends_all_and_leaves_nothing() -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from tests.sweep.page import PAGE, page, supported_on
 from tests.sweep.pool import each
 from tests.sweep.run import CERTIFIED, FAILED, PULLED_BACK, Outcome, run_case
+from tests.sweep.streamed import Comparison, compare_streamed
 from tests.sweep.twins import cases, skipped
 
 _SLOWEST = 5
@@ -23,15 +24,20 @@ _SLOWEST = 5
 @click.option("--ci", is_flag=True, help="Only the representative subset.")
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True, help="Processes.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the twins' parameters and directions.")
+@click.option(
+    "--streamed", is_flag=True, help="Compare weights streamed layer by layer with weights in memory instead."
+)
 @click.option("--write", is_flag=True, help="Write docs/architectures.md; of the whole sweep only.")
-def main(names: tuple[str, ...], ci: bool, jobs: int, seed: int, write: bool) -> None:
+def main(names: tuple[str, ...], ci: bool, jobs: int, seed: int, streamed: bool, write: bool) -> None:
     """Convert a tiny random twin of every architecture (or of those NAMED) and measure what is left."""
     unknown = sorted(set(names) - set(cases()))
     if unknown:
         raise click.UsageError(f"there is no case {', '.join(unknown)} in tests/sweep/cases.yaml")
-    if write and (names or ci or seed):
+    if write and (names or ci or seed or streamed):
         raise click.UsageError("--write needs the whole sweep, with seed 0")
     chosen = [case for name, case in cases().items() if (name in names or not names) and (case.ci or not ci)]
+    if streamed:
+        sys.exit(_show_streamed(sorted(each(compare_streamed, chosen, jobs, seed), key=lambda found: found.name)))
     outcomes = sorted(each(run_case, chosen, jobs, seed), key=lambda outcome: outcome.name)
     show(outcomes)
     lost = _lost(outcomes)
@@ -57,6 +63,16 @@ def show(outcomes: Sequence[Outcome]) -> None:
     console.print(", ".join(f"{count} {name}" for name, count in counts))
     slowest = sorted(outcomes, key=lambda outcome: -outcome.seconds)[:_SLOWEST]
     console.print("slowest: " + ", ".join(f"{outcome.name} {outcome.seconds:.1f} s" for outcome in slowest))
+
+
+def _show_streamed(compared: Sequence[Comparison]) -> int:
+    """What differs, what could not be compared, and how many did not differ; the exit code."""
+    for found in compared:
+        if not found.same:
+            click.echo(f"{found.name}: {'DIFFERS in ' if found.same is False else 'not compared: '}{found.said}")
+    counts = Counter(found.same for found in compared)
+    click.echo(f"{counts[True]} the same to the last bit, {counts[False]} different, {counts[None]} not compared")
+    return 1 if counts[False] else 0
 
 
 def _lost(outcomes: Sequence[Outcome]) -> list[str]:

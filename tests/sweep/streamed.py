@@ -13,6 +13,7 @@ from abliterate.calibration.hooks import Steer
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.runner import Streamed
 from abliterate.checkpoint.locate import Source
+from abliterate.direction.firstorder import first_order_bypass
 from abliterate.errors import AbliterateError
 from abliterate.subject import load_model, subject_at
 from tests import pico
@@ -71,6 +72,7 @@ def _numbers(model: LanguageModel, case: Case, seed: int) -> dict[str, Any]:
             found |= {f"{name} {row}": logits for row, logits in zip(batch.rows, batch.logits, strict=True)}
             assert batch.hidden is not None
             found |= {f"{name} {row} hidden": h for row, h in zip(batch.rows, batch.hidden, strict=True)}
+    found["first order"] = first_order_bypass(model, prompts, [5, 9], torch.stack([r, pico.unit(HIDDEN, seed + 1)]))
     return found | {"completions": model.generate(prompts, 4)}
 
 
