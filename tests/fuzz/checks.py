@@ -7,11 +7,13 @@ outside the folder is opened meanwhile.
 import json
 import os
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 from safetensors import SafetensorError, deserialize
 
 from abliterate.checkpoint.files import open_checkpoint, read_json
@@ -22,17 +24,20 @@ from tests.fuzz.seeds import SEPARATOR
 
 LONGEST = 1000
 NAMES = ("config.json", "model.safetensors", "model.safetensors.index.json", "a.safetensors", "b.safetensors")
+_OPENING = frozenset(
+    ("open", "os.scandir", "os.listdir", "os.rename", "os.link", "os.symlink", "os.mkdir", "os.remove", "os.truncate")
+)
+_MODULES = [Path(sysconfig.get_path("stdlib")).resolve(), Path(safetensors.__file__).resolve().parents[1]]
+"""Python itself opens files there whenever something is imported for the first time."""
 _fence: list[Path] = []
 _escaped: list[str] = []
 _watching: list[bool] = []
 REASONS = (
     "appears twice",
     "unprintable",
-    "over the limit",
     "and nothing else",
     "which is not known",
     "at most 64 whole numbers",
-    "not a JSON object",
 )
 """Why a file may be refused that the library reads: names given twice or made of control characters, more keys than the
 format has, dtypes that torch or this program lacks, and absurd numbers of dimensions."""
@@ -117,13 +122,13 @@ def read_all(header: Header) -> None:
 
 
 @contextmanager
-def confined(place: Path) -> Iterator[None]:
-    """Notes every file that is opened outside of `place` meanwhile, and fails at the end."""
+def confined(*places: Path) -> Iterator[None]:
+    """Notes every file that is opened outside of these folders meanwhile, and fails at the end."""
     if not _watching:
         sys.addaudithook(_watch)  # for the life of the process; without a fence it does nothing
         _watching.append(True)
     _escaped.clear()
-    _fence.append(place.resolve())
+    _fence.extend(place.resolve() for place in places)
     try:
         yield
     finally:
@@ -133,15 +138,15 @@ def confined(place: Path) -> Iterator[None]:
 
 def assert_confined() -> None:
     """Nothing outside was opened so far."""
-    assert not _escaped, _escaped
+    assert not _escaped, list(_escaped)
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if event != "open" or not _fence or not isinstance(arguments[0], str | bytes | os.PathLike):
+    if event not in _OPENING or not _fence or not isinstance(arguments[0], str | bytes | os.PathLike):
         return
-    path = os.path.realpath(os.fsdecode(arguments[0]))
-    if not Path(path).is_relative_to(_fence[-1]):
-        _escaped.append(path)
+    path = Path(os.path.realpath(os.fsdecode(arguments[0])))
+    if not any(path.is_relative_to(place) for place in (*_fence, *_MODULES)):
+        _escaped.append(str(path))
 
 
 def _header(place: Path, content: bytes) -> None:
