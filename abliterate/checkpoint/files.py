@@ -180,7 +180,7 @@ def _find_index(folder: Path) -> Path | None:
 
 
 def _single_shard(folder: Path) -> Path:
-    if (folder / SINGLE).is_file():
+    if (folder / SINGLE).exists():
         return folder / SINGLE
     names = sorted(path.name for path in folder.iterdir())
     others = [name for name in names if name.endswith(".safetensors")]

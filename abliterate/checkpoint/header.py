@@ -251,7 +251,7 @@ def _short(value: object) -> str:
         return f"{value:d}"
     if not isinstance(value, str):
         return f"of type {type(value).__name__}"
-    return ascii(value[:200])[:200] + ("…" if len(value) > 200 else "")
+    return ascii(value[:100])[:100] + ("…" if len(value) > 100 else "")
 
 
 def _reason(error: Exception) -> str:

@@ -26,7 +26,6 @@ from safetensors.torch import save
 
 import abliterate
 from abliterate.architecture.blueprint import read_blueprint
-from abliterate.checkpoint import read
 from abliterate.checkpoint.carry import carry_over, update_config
 from abliterate.checkpoint.files import open_checkpoint, read_json
 from abliterate.checkpoint.header import DTYPES
@@ -71,24 +70,25 @@ def render(value: Any) -> str:
 
 
 @contextmanager
-def little_memory(size: int) -> Iterator[None]:
+def little_memory(size: int, more: int = 400_000) -> Iterator[None]:
     """Fails where more is allocated than a file of `size` bytes is good for, in Python or by torch."""
     asked, empty = [0], torch.empty
 
-    def counted(count: int, **more: Any) -> torch.Tensor:
-        asked[0] += count
-        return empty(count, **more)
+    def counted(*sizes: Any, **given: Any) -> torch.Tensor:
+        made = empty(*sizes, **given)
+        asked[0] += 0 if made.is_meta else made.untyped_storage().nbytes()
+        return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read.torch, "empty", counted)
+        patch.setattr(torch, "empty", counted)
         tracemalloc.start()
         try:
             yield
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-    assert peak < 40 * size + 400_000, peak
-    assert asked[0] <= 2 * size, asked
+    assert peak < 40 * size + more, peak
+    assert asked[0] <= 2 * size + more, asked
 
 
 def any_text(most: int = 6) -> st.SearchStrategy[str]:
@@ -117,7 +117,7 @@ NAMES = (
     | any_text()
 )
 NUMBERS = st.sampled_from(
-    [0, 1, 2, 8, -1, 7, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**40, True, 0.5, 1e300,
+    [0, 1, 2, 8, -1, 7, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**400, True, 0.5, 1e300,
      None, "8", *map(Raw, ("-0", "1e2", "1.0", "NaN", "-Infinity", "1E400", "9" * 5000, "0x8", "08", "", "+1"))]
 ) | st.integers(-3, 200)  # fmt: skip
 DEPTHS = st.sampled_from([1, 60, 66, *range(900, 1001, 9), 5000]).map(lambda depth: Raw("[" * depth + "]" * depth))
@@ -136,11 +136,17 @@ def shards(draw: st.DrawFn) -> bytes:
         entries.append((name, (("dtype", dtype), ("shape", shape), ("data_offsets", [end, end + size]))))
         end += size
     if draw(st.booleans()):
-        entries.insert(0, ("__metadata__", tuple(draw(st.lists(st.tuples(any_text(), any_text() | ODD), max_size=3)))))
+        entries.insert(0, ("__metadata__", tuple(draw(st.lists(st.tuples(NAMES, NAMES | NAMES | ODD), max_size=3)))))
     for _ in range(draw(st.integers(0, 2))):
         entries = damaged(draw, entries)
-    text = render(tuple(entries)).encode() + b" " * draw(st.integers(0, 8))
-    return draw(bent(len(text).to_bytes(8, "little") + text + bytes(i % 251 for i in range(end))))
+    data = bytes(i % 251 for i in range(end))
+    return draw(bent(lengthened(tuple(entries), " " * draw(st.integers(0, 8))) + data))
+
+
+def lengthened(entries: Any, padding: str = "") -> bytes:
+    """A header with its length in front."""
+    text = (render(entries) + padding).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 def damaged(draw: st.DrawFn, entries: list[Any]) -> list[Any]:
@@ -185,7 +191,9 @@ def bent(draw: st.DrawFn, content: bytes) -> bytes:
 def test_any_shard(tmp_path: Path) -> None:
     seen: Counter[bool] = Counter()
 
-    @fuzz(500)
+    @fuzz(350)
+    @example(lengthened((("w", (("dtype", "F32"), ("shape", [Raw("-0")]), ("data_offsets", [0, 0]))),)))
+    @example(lengthened((("__metadata__", (("a", "\ud800"),)),)))
     @given(shards())
     def run(content: bytes) -> None:
         with confined(tmp_path), little_memory(len(content)):
@@ -200,8 +208,7 @@ def test_nested_as_deep_as_json_can_be_read(tmp_path: Path, depth: int) -> None:
     """Just below the depth at which reading fails, whatever else walks it must not."""
     deep = Raw("[" * depth + "]" * depth)
     for place in ((("dtype", deep), ("shape", []), ("data_offsets", [0, 4])), deep, (("a", deep),)):
-        text = render((("w", place),)).encode()
-        assert check_header(tmp_path / "any.safetensors", len(text).to_bytes(8, "little") + text + bytes(4))
+        assert check_header(tmp_path / "any.safetensors", lengthened((("w", place),)) + bytes(4))
 
 
 OUTSIDE = "outside/secret.safetensors"
@@ -290,7 +297,7 @@ def test_any_folder_and_what_is_written_of_it(room: Path) -> None:
         carry_over(checkpoint, room / "out")
         update_config(room / "out", {"tie_word_embeddings": False})
 
-    @fuzz(250)
+    @fuzz(200)
     @given(folders())
     def run(given: tuple[bytes, bytes, list[str]]) -> None:
         folder = fill(room, *given)
@@ -316,7 +323,7 @@ JSON = st.recursive(
 )
 
 
-@fuzz(200)
+@fuzz(150)
 @example((("a", Raw('"é\\ud800"')),))
 @given(st.lists(st.tuples(NAMES, JSON | ODD), max_size=3).map(tuple) | JSON)
 def test_any_json(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
@@ -347,21 +354,20 @@ BIG = st.sampled_from([10**6, 2**31, 2**63, 10**400, -1, 0, 0.5, math.nan, "x", 
 def test_any_value_in_config(tmp_path: Path, llama: dict[str, Any]) -> None:
     """Models are built without weights: nothing may be allocated, or counted up to, that a number there names."""
     read_blueprint(write(tmp_path / "m", config=llama), llama)
+    seen: Counter[bool] = Counter()
 
-    @fuzz(60)
+    @fuzz(50)
     @example("num_labels", 10**6)
     @example("num_hidden_layers", 10**6)
     @given(st.sampled_from(sorted(llama)), BIG)
     def run(key: str, value: Any) -> None:
         config = {**llama, key: value}
         (tmp_path / "m/config.json").write_text(json.dumps(config))
-        tracemalloc.start()
-        refusal(lambda: read_blueprint(tmp_path / "m", config))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 20_000_000, (key, value, peak)
+        with little_memory(0, 20_000_000):
+            seen[refusal(lambda: read_blueprint(tmp_path / "m", config)) is None] += 1
 
     run()
+    assert min(seen[True], seen[False]) > 5, seen
 
 
 def test_any_direction(tmp_path: Path) -> None:
@@ -373,10 +379,9 @@ def test_any_direction(tmp_path: Path) -> None:
     def file(dtype: str, shape: list[int], data: bytes) -> bytes:
         size = math.prod(shape) * DTYPES[dtype].itemsize
         entry = (("dtype", dtype), ("shape", shape), ("data_offsets", [0, size]))
-        text = render((("direction", entry),)).encode()
-        return len(text).to_bytes(8, "little") + text + (data + bytes(i % 60 for i in range(size)))[:size]
+        return lengthened((("direction", entry),)) + (data + bytes(i % 60 for i in range(size)))[:size]
 
-    @fuzz(250)
+    @fuzz(200)
     @given(vectors.map(lambda made: file(*made)).flatmap(bent) | shards())
     def run(content: bytes) -> None:
         path, found = tmp_path / "r.safetensors", list[torch.Tensor]()
@@ -390,7 +395,7 @@ def test_any_direction(tmp_path: Path) -> None:
         seen[line is None] += 1
 
     run()
-    assert seen[True] > 10 and seen[False] > 10, seen
+    assert min(seen[True], seen[False]) > 5, seen
 
 
 @st.composite
@@ -418,7 +423,7 @@ def test_any_manifest(tmp_path: Path) -> None:
     embedding = SimpleNamespace(tensors={"embed": SimpleNamespace(shape=(5, 2))})
     subject: Any = SimpleNamespace(folder=tmp_path, checkpoint=embedding, plan=SimpleNamespace(embedding="embed"))
 
-    @fuzz(250)
+    @fuzz(150)
     @given(manifests())
     def run(content: bytes) -> None:
         (tmp_path / MANIFEST_NAME).write_bytes(content)
@@ -429,4 +434,4 @@ def test_any_manifest(tmp_path: Path) -> None:
         seen[line is None] += 1
 
     run()
-    assert seen[True] > 10 and seen[False] > 10, seen
+    assert min(seen[True], seen[False]) > 5, seen

@@ -65,6 +65,8 @@ FORGED: dict[str, tuple[object, int, str]] = {
     "size that is no whole number": ({"a": {**GOOD, "shape": [2.0]}}, 8, "shape"),
     "size that is a truth": ({"a": {**GOOD, "shape": [True]}}, 8, "shape"),
     "shape of no kind": ({"a": {**GOOD, "shape": "2"}}, 8, "shape"),
+    "size minus zero": (b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', 0, "corrupt header"),
+    "half a surrogate in metadata": (b'{"__metadata__":{"a":"\\ud800"}}', 0, "half a character"),
     "too many dimensions": ({"a": {**GOOD, "shape": [1] * 100_000}}, 8, "shape"),
     "too many elements": ({"a": entry([2**62, 2**62, 0], 0, 0)}, 0, "too many elements"),
     "offsets backwards": ({"a": {**GOOD, "data_offsets": [8, 0]}}, 8, "bytes by its offsets"),
