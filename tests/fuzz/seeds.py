@@ -30,7 +30,7 @@ def seeds(target: str) -> Sequence[bytes]:
         "index": [index, twice, deep],
         "checkpoint": [
             SEPARATOR.join((config, shard)),
-            SEPARATOR.join((config, shard, index, save({"x": MADE["d"]}), save({"y": MADE["b"]}))),
+            SEPARATOR.join((config, b"", index, save({"x": MADE["d"]}), save({"y": MADE["b"]}))),
             SEPARATOR.join((deep, shard)),
         ],
     }
