@@ -3,6 +3,7 @@
 `FUZZ_EXAMPLES=100000 pytest tests/checkpoint/test_fuzz.py` looks further, with other inputs every time.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -270,7 +271,8 @@ def fill(room: Path, config: bytes, index: bytes, extras: Sequence[str]) -> Path
     (room / "m/a.safetensors").write_bytes(save({"x": torch.ones(2)}))
     (room / "m/b.safetensors").write_bytes(save({"y": torch.ones(2), "z": torch.ones(2)}))
     for name in dict.fromkeys(extras):
-        EXTRAS[name](room / "m" / name)
+        with contextlib.suppress(OSError):  # where the file system has no such names
+            EXTRAS[name](room / "m" / name)
     return room / "m"
 
 

@@ -13,6 +13,7 @@ from picocheckpoint import entry, forge, tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from abliterate.checkpoint import regular
 from abliterate.checkpoint.header import DTYPES, MAX_HEADER_BYTES, parse_header, read_header
 from abliterate.errors import CheckpointError
 
@@ -130,6 +131,21 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, fifo, tmp_path / "missing"):
         with pytest.raises(CheckpointError, match=path.name):
             read_header(path)
+
+
+@pytest.mark.timeout(20)
+def test_what_becomes_a_pipe_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    check, seen = regular._check, list[int]()
+
+    def late(path: Path, mode: int) -> None:
+        seen.append(mode)
+        if len(seen) > 1:
+            check(path, mode)
+
+    monkeypatch.setattr(regular, "_check", late)
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        read_header(tmp_path / "model.safetensors")
 
 
 JSON_VALUES = st.recursive(
