@@ -55,7 +55,7 @@ class OutputError(AbliterateError):
 
 
 def one_line(text: str) -> str:
-    """Printable characters alone, others as their escapes, cut in the middle where there are too many."""
+    """Printable characters alone: blanks of any kind as a space, others as escapes, the middle cut out if too long."""
     if len(text) > MOST_CHARACTERS:
         text = f"{text[:600]} … {text[-200:]}"
     text = text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
@@ -63,7 +63,7 @@ def one_line(text: str) -> str:
 
 
 def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    return " " if character.isspace() else character.encode("unicode_escape").decode("ascii")
 
 
 def first_line(error: BaseException) -> str:

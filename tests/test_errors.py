@@ -8,11 +8,11 @@ from abliterate.errors import MOST_CHARACTERS, AbliterateError, RefusedError, on
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("a\nb", r"a\nb"),
+        ("a\nb", "a b"),
         ("\x1b[2J", r"\x1b[2J"),
         ("\ud800", r"\ud800"),
         ("\u202etxt", r"\u202etxt"),
-        ("\u2028", r"\u2028"),
+        ("\u2028", " "),
         ("é 𝕏", "é 𝕏"),
     ],
 )

@@ -228,7 +228,7 @@ def test_names_that_would_move_the_cursor_are_escaped(tmp_path: Path, caplog: py
     base = write(tmp_path / "m")
     put(base, "\x1b[2J\n.bin")
     assert carried(base, tmp_path / "out") == ("config.json",)
-    assert caplog.messages == [r"\x1b[2J\n.bin is left out: unedited weights in another format"]
+    assert caplog.messages == [r"\x1b[2J .bin is left out: unedited weights in another format"]
 
 
 def test_what_is_there_already_is_not_replaced(tmp_path: Path) -> None:
