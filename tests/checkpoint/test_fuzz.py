@@ -196,6 +196,7 @@ def test_any_shard(tmp_path: Path) -> None:
     @fuzz(350)
     @example(lengthened((("w", (("dtype", "F32"), ("shape", [Raw("-0")]), ("data_offsets", [0, 0]))),)))
     @example(lengthened((("__metadata__", (("a", "\ud800"),)),)))
+    @example(lengthened((("w", (("dtype", "F32"), ("shape", [1]), ("data_offsets", [4, 8]))),)) + bytes(8))
     @given(shards())
     def run(content: bytes) -> None:
         with confined(tmp_path), little_memory(len(content)):
@@ -257,6 +258,12 @@ def folders(draw: st.DrawFn) -> tuple[bytes, bytes, list[str]]:
     return render(tuple(config.items())).encode(), render(whole).encode(), draw(st.lists(st.sampled_from([*EXTRAS])))
 
 
+def placing(name: str, *extras: str) -> tuple[bytes, bytes, list[str]]:
+    """A folder whose index names one more shard, for the tensor that lies outside."""
+    shards = (("x", "a.safetensors"), ("y", "b.safetensors"), ("z", "b.safetensors"), ("secret", name))
+    return render(tuple(CONFIG.items())).encode(), render((("weight_map", shards),)).encode(), list(extras)
+
+
 @pytest.fixture
 def room(tmp_path: Path) -> Path:
     """What may be read lies below it, and beside it what may not."""
@@ -304,6 +311,9 @@ def test_any_folder_and_what_is_written_of_it(room: Path) -> None:
         update_config(room / "out", {"tie_word_embeddings": False})
 
     @fuzz(200)
+    @example(placing("../../outside/secret.safetensors"))
+    @example(placing("link.safetensors", "link.safetensors"))
+    @example(placing("inner.safetensors", "linked.txt"))
     @given(folders())
     def run(given: tuple[bytes, bytes, list[str]]) -> None:
         folder = fill(room, *given)
@@ -354,7 +364,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("id2label", "label2id", "architectures")}
 
 
-BIG = st.sampled_from([10**6, 2**31, 2**63, 10**400, -1, 0, 0.5, math.nan, "x", None, True, [], {}, [10**6], "../x"])
+BIG = st.sampled_from([200_000, 2**31, 2**63, 10**400, -1, 0, 0.5, math.nan, "x", None, True, [], {}, [10**6], "../x"])
 
 
 def test_any_value_in_config(tmp_path: Path, llama: dict[str, Any]) -> None:
@@ -363,7 +373,7 @@ def test_any_value_in_config(tmp_path: Path, llama: dict[str, Any]) -> None:
     seen: Counter[bool] = Counter()
 
     @fuzz(50)
-    @example("num_labels", 10**6)
+    @example("num_labels", 200_000)
     @example("num_hidden_layers", 10**6)
     @given(st.sampled_from(sorted(llama)), BIG)
     def run(key: str, value: Any) -> None:
@@ -406,9 +416,16 @@ def test_any_direction(tmp_path: Path) -> None:
 
 @st.composite
 def manifests(draw: st.DrawFn) -> bytes:
-    """One with every part that is read, and up to three of the values something else."""
-    plain: dict[str, Any] = dict.fromkeys(manifest_schema()["required"], ())
+    """One with every part that is read, and any of the values something else."""
     value = {name: draw(st.just(good) | st.just(good) | JSON | ODD) for name, good in GOOD.items()}
+    text = manifest(**value)
+    return draw(st.just(text) | st.just(text) | bent(text) | JSON.map(lambda other: render(other).encode()))
+
+
+def manifest(**given: Any) -> bytes:
+    """One with these values, and good ones elsewhere."""
+    plain: dict[str, Any] = dict.fromkeys(manifest_schema()["required"], ())
+    value = GOOD | given
     token, shard = (("id", value["id"]),), (("name", value["name"]), ("sha256", value["sha256"]))
     plain |= {
         "schema": value["schema"],
@@ -417,8 +434,7 @@ def manifests(draw: st.DrawFn) -> bytes:
         "edit": (("strength", value["strength"]),),
         "calibration": (("refusal_tokens", (("tokens", [token]),)),),
     }
-    text = render(tuple(plain.items())).encode()
-    return draw(st.just(text) | st.just(text) | bent(text) | JSON.map(lambda other: render(other).encode()))
+    return render(tuple(plain.items())).encode()
 
 
 GOOD = {"schema": "abliteration/1", "name": "a.safetensors", "sha256": "0" * 64, "strength": 1.0, "id": 3}
@@ -430,6 +446,8 @@ def test_any_manifest(tmp_path: Path) -> None:
     subject: Any = SimpleNamespace(folder=tmp_path, checkpoint=embedding, plan=SimpleNamespace(embedding="embed"))
 
     @fuzz(150)
+    @example(manifest(strength=10**400))
+    @example(manifest(id=Raw("1E400")))
     @given(manifests())
     def run(content: bytes) -> None:
         (tmp_path / MANIFEST_NAME).write_bytes(content)
