@@ -13,7 +13,7 @@ from abliterate.certify.certificate import Certificate
 from abliterate.checkpoint.carry import carry_over, update_config
 from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.extend import TensorCopy, single_index
-from abliterate.checkpoint.files import INDEX_SUFFIX
+from abliterate.checkpoint.files import DIRECTION_FILE, INDEX_SUFFIX
 from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.locate import Source, find
 from abliterate.checkpoint.output import Staging, check_target, staged
@@ -33,7 +33,6 @@ from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_
 from abliterate.publish.plot import plot_selection
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.record import (
-    DIRECTION_FILE,
     EditRecord,
     calibration_record,
 )

@@ -4,10 +4,10 @@ import hashlib
 from typing import Any
 
 from abliterate.certify.certificate import Certificate
+from abliterate.checkpoint.files import DIRECTION_FILE
 from abliterate.evaluation.metrics import Measured
 from abliterate.job import BaseFindings, Job, Written, unties
 from abliterate.record import (
-    DIRECTION_FILE,
     base_record,
     certificate_record,
     edit_record,

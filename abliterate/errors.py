@@ -1,8 +1,17 @@
 """One small hierarchy of errors; the command line turns each into one line and exit code 1."""
 
+MOST_CHARACTERS = 900
+"""Of a message; its ends stay, which say where it happened and what to do."""
+
 
 class AbliterateError(Exception):
-    """Something the user can act on. The message is one line: what is wrong, and what to do."""
+    """Something the user can act on. The message is one line: what is wrong, and what to do.
+
+    Names from files are in it: whatever they hold, nothing that moves a cursor or fills a screen comes out.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class CheckpointError(AbliterateError):
@@ -43,6 +52,18 @@ class EditError(AbliterateError):
 
 class OutputError(AbliterateError):
     """The output folder cannot be used, or writing to it failed."""
+
+
+def one_line(text: str) -> str:
+    """Printable characters alone: blanks of any kind as a space, others as escapes, the middle cut out if too long."""
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[:600]} … {text[-200:]}"
+    text = text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:600]} … {text[-200:]}"
+
+
+def _escape(character: str) -> str:
+    return " " if character.isspace() else character.encode("unicode_escape").decode("ascii")
 
 
 def first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from abliterate.certify.stream import StreamResidual
+from abliterate.checkpoint.files import DIRECTION_FILE
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.evaluation.metrics import EvaluationSet, Measured
 from abliterate.find import FoundDirection
@@ -16,7 +17,6 @@ from abliterate.prompting import Prompts
 from abliterate.proving import StreamText, Tongue
 from abliterate.recipe import Recipe, recipe_word
 from abliterate.record import (
-    DIRECTION_FILE,
     EditRecord,
 )
 from abliterate.subject import RunOptions, Subject

@@ -132,6 +132,6 @@ def _recorded_tokens(subject: Subject) -> tuple[int, ...] | None:
     try:
         calibration = read_manifest(subject.folder)["calibration"]
         ids = tuple(int(token["id"]) for token in calibration["refusal_tokens"]["tokens"])
-    except (AbliterateError, KeyError, TypeError, ValueError):
+    except (AbliterateError, KeyError, TypeError, ValueError, OverflowError):
         return None
     return ids if ids and all(0 <= token < vocabulary for token in ids) else None

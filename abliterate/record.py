@@ -22,8 +22,6 @@ from abliterate.publish.manifest import SCHEMA
 from abliterate.recipe import Recipe
 from abliterate.subject import RunOptions, Subject, versions
 
-DIRECTION_FILE = "refusal_direction.safetensors"
-
 
 @dataclass(frozen=True)
 class DirectionRecord:

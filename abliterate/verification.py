@@ -8,12 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from abliterate.certify.certificate import Certificate
+from abliterate.checkpoint.files import DIRECTION_FILE
+from abliterate.checkpoint.regular import is_file
 from abliterate.direction.files import load_direction
 from abliterate.errors import CheckpointError
 from abliterate.progress import Progress
 from abliterate.proving import assemble, certify_stream, stream_text, tongue_of
 from abliterate.publish.manifest import MANIFEST_NAME, read_manifest
-from abliterate.record import DIRECTION_FILE
 from abliterate.subject import RunOptions, Subject, open_subject
 
 CHUNK = 1 << 22
@@ -88,7 +89,7 @@ def _recorded(folder: Path) -> _Recorded | None:
         named = [*manifest["output"]["shards"], {"name": DIRECTION_FILE, "sha256": manifest["direction"]["sha256"]}]
         hashes = {str(item["name"]): str(item["sha256"]) for item in named if item["sha256"]}
         return _Recorded(float(manifest["edit"]["strength"]), hashes)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{folder / MANIFEST_NAME} is damaged; convert the base model again") from error
 
 
@@ -106,7 +107,7 @@ def mismatches(folder: Path, hashes: Mapping[str, str], progress: Progress) -> t
 
 def _sha256(folder: Path, name: str, progress: Progress) -> str | None:
     path = folder / Path(name).name
-    if not path.is_file():
+    if not is_file(path):
         return None
     digest = hashlib.sha256()
     with path.open("rb") as file, progress.bar(f"hash {path.name}", path.stat().st_size, "B") as advance:

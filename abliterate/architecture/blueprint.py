@@ -26,6 +26,7 @@ from abliterate.errors import ArchitectureError, first_line
 
 _HIDDEN_KEYS = ("hidden_size", "d_model", "n_embd", "emb_dim", "dim")
 MOST_LAYERS = 10_000
+MOST_LABELS = 100_000
 _DEPTH = re.compile(r"layers?$|^depth$|blocks?$|experts$")
 
 
@@ -179,7 +180,7 @@ def quiet() -> Iterator[None]:
 
 
 def _check_depth(content: Mapping[str, Any], model_type: str) -> None:
-    """A forged number of layers would be built one by one.
+    """A forged number of layers would be built one by one, one of labels named one by one.
 
     Raises:
         ArchitectureError: there are absurdly many.
@@ -187,8 +188,10 @@ def _check_depth(content: Mapping[str, Any], model_type: str) -> None:
     for key, value in content.items():
         if isinstance(value, dict):
             _check_depth(value, model_type)
-        elif isinstance(value, int) and value > MOST_LAYERS and _DEPTH.search(key):
-            raise ArchitectureError(f"config.json has {key} = {value}; no {model_type} has more than {MOST_LAYERS}")
+            continue
+        most = MOST_LABELS if key == "num_labels" else MOST_LAYERS if _DEPTH.search(key) else None
+        if most is not None and isinstance(value, int) and value > most:
+            raise ArchitectureError(f"config.json has {key} = {value}; no {model_type} has more than {most}")
 
 
 def blueprint_of(config: Any, build: Callable[[Any], PreTrainedModel]) -> Blueprint:

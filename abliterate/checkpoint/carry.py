@@ -8,14 +8,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from abliterate.checkpoint.diskio import disk_errors
-from abliterate.checkpoint.files import CONFIG, OTHER_WEIGHTS, Checkpoint, check_links, files_in, read_json
+from abliterate.checkpoint.files import (
+    CONFIG,
+    DIRECTION_FILE,
+    MAX_CONFIG_BYTES,
+    OTHER_WEIGHTS,
+    Checkpoint,
+    check_links,
+    files_in,
+    read_json,
+)
 from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.jsontext import dump_like
-from abliterate.errors import CheckpointError
+from abliterate.errors import CheckpointError, OutputError, one_line
 
 log = logging.getLogger(__name__)
 
-OWN_FILES = ("README.md", "abliteration.json", "refusal_direction.safetensors", "selection.png")
+OWN_FILES = ("README.md", "abliteration.json", DIRECTION_FILE, "selection.png")
 """Files that a conversion writes itself: those of the base are kept beside them, as NAME.base.SUFFIX."""
 
 
@@ -42,6 +51,8 @@ def carry_over(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
         for name, path in files.items():
             target = folder / renamed.get(name, name)
             target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():  # another name for it, where the file system takes a and A for the same
+                raise OutputError(f"{target} is there already, so {path} cannot be carried over; rename it")
             _copy(path, target)
     return tuple(sorted(renamed.get(name, name) for name in files))
 
@@ -67,7 +78,7 @@ def update_config(folder: Path, changes: Mapping[str, Any]) -> None:
         OutputError: it cannot be written.
     """
     path = folder / CONFIG
-    config = read_json(path)
+    config = read_json(path, MAX_CONFIG_BYTES)
     for dotted, value in changes.items():
         *parents, key = dotted.split(".")
         part: Any = config
@@ -91,7 +102,7 @@ def _carried(checkpoint: Checkpoint) -> list[Path]:
         if reason is None:
             carried.append(path)
         else:
-            log.warning("%s is left out: %s", path.relative_to(checkpoint.folder), reason)
+            log.warning("%s is left out: %s", one_line(str(path.relative_to(checkpoint.folder))), reason)
     return carried
 
 

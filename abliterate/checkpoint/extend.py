@@ -83,6 +83,7 @@ def extended_index(checkpoint: Checkpoint, index: Path, copies: Sequence[TensorC
     totals = {"total_size": sum(i.nbytes for i in infos), "total_parameters": sum(i.numel for i in infos)}
     metadata = content.get("metadata")
     for key, more in totals.items():
-        if isinstance(metadata, dict) and isinstance(metadata.get(key), int | float):
-            metadata[key] += more
+        total = metadata.get(key) if isinstance(metadata, dict) else None
+        if isinstance(metadata, dict) and isinstance(total, int | float) and abs(total) < 2**63:
+            metadata[key] = total + more
     return dump_like(index.read_bytes(), content)

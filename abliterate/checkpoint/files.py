@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoint.header import Header, TensorInfo, read_header
+from abliterate.checkpoint.jsontext import MAX_DEPTH, is_shallow
+from abliterate.checkpoint.regular import is_file, read_regular
 from abliterate.errors import CheckpointError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_JSON_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 10_000_000
 HOW_TO_CONVERT = "load it with transformers and write it again with save_pretrained, which makes safetensors"
 OTHER_WEIGHTS: Sequence[str] = (
     "*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.ot",
     "*.onnx", "*.onnx_data", "*.tflite", "*.mlmodel", "*.mlpackage/*", "*.nemo", "consolidated*.safetensors",
 )  # fmt: skip
 """Weights in other formats than the one that is converted, as `fnmatch` patterns: neither fetched nor carried over."""
+DIRECTION_FILE = "refusal_direction.safetensors"
+"""Written beside the weights."""
 IGNORED_FOLDERS = frozenset({".git", ".cache"})
 """What `git` and the Hub client keep for themselves in a folder; never part of a checkpoint."""
 
@@ -73,12 +78,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: something is missing, damaged, contradictory, points outside the folder, or quantized.
     """
+    try:
+        return _open(folder)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+
+
+def _open(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint or a Hub id")
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}, so it is no checkpoint; download it whole")
     check_links(folder)
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
     _refuse_quantized(folder, config)
     index = _find_index(folder)
     if index is None:
@@ -89,16 +101,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, shards, index)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, too large, or holds something else.
+        CheckpointError: the file is missing, larger than `most` bytes, nested too deep, or holds something else.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes, too much for a JSON file")
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+        value = json.loads(read_regular(path, most).decode("utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -107,6 +117,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object: download it again")
+    if not is_shallow(value):
+        raise CheckpointError(f"{path} is nested more than {MAX_DEPTH} deep: download it again")
     return value
 
 
@@ -126,14 +138,18 @@ def check_links(folder: Path) -> None:
     """
     root = folder.resolve()
     for path in files_in(folder):
-        if path.is_symlink() and not _stays(path.resolve(), root):
+        if path.is_symlink() and not _stays(path, root):
             raise CheckpointError(
                 f"{path} is a link to no file inside the checkpoint; put the file itself there, or remove the link"
             )
 
 
-def _stays(target: Path, root: Path) -> bool:
+def _stays(link: Path, root: Path) -> bool:
     """Inside the folder, or a file of the Hub client's cache (models--ORG--NAME/blobs/HASH)."""
+    try:
+        target = link.resolve()
+    except (OSError, RuntimeError):  # it leads to itself
+        return False
     blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     return target.is_file() and (blob or target.is_relative_to(root))
 
@@ -164,7 +180,7 @@ def _find_index(folder: Path) -> Path | None:
 
 
 def _single_shard(folder: Path) -> Path:
-    if (folder / SINGLE).is_file():
+    if (folder / SINGLE).exists():
         return folder / SINGLE
     names = sorted(path.name for path in folder.iterdir())
     others = [name for name in names if name.endswith(".safetensors")]
@@ -187,8 +203,13 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{index} names {name[:200]!a} as a shard, which is not a plain name of a .safetensors file"
             )
-        if not (index.parent / name).is_file():
+        if name == DIRECTION_FILE:
+            raise CheckpointError(f"{index} names a shard {name}, which is what a conversion adds: rename the shard")
+        if not is_file(index.parent / name):
             raise CheckpointError(f"{index} names the shard {name}, which is missing: download it")
+    alike = next((name for name, count in Counter(map(str.casefold, set(placed.values()))).items() if count > 1), None)
+    if alike is not None:
+        raise CheckpointError(f"{index} names two shards {alike} that differ in case alone; rename one of them")
     return placed
 
 

@@ -6,7 +6,7 @@ Format: https://huggingface.co/docs/safetensors/index#format (8 bytes of length,
 import json
 import math
 import os
-import stat
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from abliterate.checkpoint.regular import open_regular
 from abliterate.errors import CheckpointError
 
 _NAMES = {
@@ -31,6 +32,7 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
 LENGTH_BYTES = 8
 MAX_DIMENSIONS = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -96,9 +98,7 @@ def read_header(path: Path) -> Header:
         CheckpointError: the file cannot be read, is no safetensors file, is truncated, or contradicts itself.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path} is not a regular file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, file.read(LENGTH_BYTES), size)
             file.seek(0)
@@ -154,7 +154,9 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path} has a header that is not a JSON object: it is corrupt; download it again")
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        entries = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole
+        )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a corrupt header ({_reason(error)}): download it again") from error
     if not isinstance(entries, dict):
@@ -175,9 +177,17 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number")
 
 
+def _whole(digits: str) -> int:
+    if digits == "-0":  # a float to other readers
+        raise ValueError("-0 is not a whole number")
+    return int(digits)
+
+
 def _metadata(path: Path, value: object) -> Mapping[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise CheckpointError(f"{path} has a __metadata__ that does not map text to text: it is corrupt")
+    if any(_SURROGATE.search(text) for pair in value.items() for text in pair):
+        raise CheckpointError(f"{path} has a __metadata__ with half a character in it: it is corrupt")
     return value
 
 
@@ -236,9 +246,12 @@ def _check_layout(path: Path, infos: list[TensorInfo], data_bytes: int) -> None:
 
 
 def _short(value: object) -> str:
-    """For messages: quoted, one line, not too long, whatever the value."""
-    text = f"{value:d}" if isinstance(value, int) and abs(value) < 2**64 else ascii(value)[:200]
-    return text if len(text) < 200 else text + "…"
+    """For messages: quoted, one line, not too long, whatever the value; what is nested is not walked."""
+    if isinstance(value, int) and abs(value) < 2**64:
+        return f"{value:d}"
+    if not isinstance(value, str):
+        return f"of type {type(value).__name__}"
+    return ascii(value[:100])[:100] + ("…" if len(value) > 100 else "")
 
 
 def _reason(error: Exception) -> str:

@@ -80,7 +80,7 @@ def open_shard(header: Header) -> Iterator[int]:
         CheckpointError: it cannot be opened, or is not the file whose header was read.
     """
     try:
-        fd = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it may have become a pipe
     except OSError as error:
         raise CheckpointError(f"{header.path} cannot be read: {error.strerror}") from error
     try:

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
+from abliterate.checkpoint.header import DTYPES, TensorInfo, read_header
+from abliterate.checkpoint.read import read_tensor
+from abliterate.checkpoint.regular import is_file
 from abliterate.direction.means import Directions
 from abliterate.direction.selection import Candidate
-from abliterate.errors import CalibrationError
+from abliterate.errors import CalibrationError, CheckpointError
 
 
 def direction_bytes(
@@ -62,21 +64,33 @@ def load_direction(path: Path, hidden_size: int) -> Tensor:
     Raises:
         CalibrationError: no such file or tensor, the wrong width, zero, or not finite.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise CalibrationError(f"no direction file {path}")
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+        direction = _read_direction(path, hidden_size)
+    except CheckpointError as error:
         raise CalibrationError(f"{path} is not a safetensors file: {error}") from error
-    if "direction" not in tensors:
-        raise CalibrationError(f"{path} has no tensor named direction, only {', '.join(sorted(tensors)[:5])}")
-    direction = tensors["direction"].double().squeeze()
-    if direction.shape != (hidden_size,):
-        raise CalibrationError(
-            f"{path}: direction has shape {list(tensors['direction'].shape)}; the model's hidden size is {hidden_size}"
-        )
     norm = float(direction.norm())
     if not math.isfinite(norm) or norm == 0:
         raise CalibrationError(f"{path}: direction is {'zero' if norm == 0 else 'not finite'}")
     unit: Tensor = (direction / norm).float()
     return unit
+
+
+def _read_direction(path: Path, hidden_size: int) -> Tensor:
+    """The stored direction [hidden] fp64; nothing else of the file is read, and nothing of another size."""
+    header = read_header(path)
+    if "direction" not in header.tensors:
+        raise CalibrationError(f"{path} has no tensor named direction, only {', '.join(sorted(header.tensors)[:5])}")
+    info = header.tensors["direction"]
+    _check_vector(path, info, hidden_size)
+    return read_tensor(header, info).double().reshape(hidden_size)
+
+
+def _check_vector(path: Path, info: TensorInfo, hidden_size: int) -> None:
+    if [size for size in info.shape if size != 1] != [hidden_size] * (hidden_size != 1):
+        raise CalibrationError(
+            f"{path}: direction has shape {list(info.shape)}; the model's hidden size is {hidden_size}"
+        )
+    if not DTYPES[info.dtype].is_floating_point:
+        raise CalibrationError(f"{path}: direction is stored as {info.dtype}; a direction is real numbers")

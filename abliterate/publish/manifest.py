@@ -7,11 +7,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import CheckpointError
+from abliterate.checkpoint.jsontext import is_shallow
+from abliterate.checkpoint.regular import read_regular
+from abliterate.errors import CheckpointError, first_line
 from abliterate.publish.portable import portable_command, portable_name, portable_text, portable_values
 
 MANIFEST_NAME = "abliteration.json"
 SCHEMA = "abliteration/1"
+MAX_BYTES = 20_000_000
+"""Of a manifest that is read: one of 100,000 writers has half of that."""
 
 
 def manifest_schema() -> dict[str, Any]:
@@ -56,21 +60,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST_NAME
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_regular(path, MAX_BYTES))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: it was not made by `abliterate convert`") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_one_line(error)}); convert the base model again") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+    except (OSError, ValueError, RecursionError, CheckpointError) as error:
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}); convert the base model again") from error
+    if not isinstance(manifest, dict) or not is_shallow(manifest) or manifest.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} is not a manifest of schema {SCHEMA}; use the version that wrote it")
     missing = [key for key in manifest_schema()["required"] if key not in manifest]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; convert the base model again")
     return manifest
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def plain_values(value: Any, where: str) -> Any:

@@ -216,3 +216,26 @@ def test_a_part_of_the_config_that_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=rf"has no part {key.partition('.')[0]} to set {key} in"):
             update_config(tmp_path, {key: False})
     assert (tmp_path / "config.json").read_bytes() == b'{"a": 3}'
+
+
+def test_half_a_character_in_the_config_stays(tmp_path: Path) -> None:
+    path = put(tmp_path, "config.json", '{"a": "é\\ud800", "tie": true}'.encode())
+    update_config(tmp_path, {"tie": False})
+    assert path.read_bytes() == '{"a": "é\\ud800", "tie": false}'.encode()
+
+
+def test_names_that_would_move_the_cursor_are_escaped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = write(tmp_path / "m")
+    put(base, "\x1b[2J\n.bin")
+    assert carried(base, tmp_path / "out") == ("config.json",)
+    assert caplog.messages == [r"\x1b[2J .bin is left out: unedited weights in another format"]
+
+
+def test_what_is_there_already_is_not_replaced(tmp_path: Path) -> None:
+    """As where the file system of OUT takes a name of the base for that of a shard, but for its case."""
+    checkpoint = open_checkpoint(write(tmp_path / "m"))
+    put(tmp_path / "m", "notes.txt")
+    put(tmp_path / "out", "notes.txt", b"mine")
+    with pytest.raises(OutputError, match=r"notes\.txt is there already"):
+        carry_over(checkpoint, tmp_path / "out")
+    assert (tmp_path / "out/notes.txt").read_bytes() == b"mine"

@@ -3,13 +3,15 @@
 import json
 import os
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from picocheckpoint import CONFIG, entry, forge, tensors, write
 
-from abliterate.checkpoint.files import open_checkpoint
+from abliterate.checkpoint.files import MAX_JSON_BYTES, open_checkpoint
+from abliterate.checkpoint.jsontext import MAX_DEPTH
 from abliterate.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -194,3 +196,67 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 1)
     with pytest.raises(CheckpointError, match=f"{SECOND}.*truncated"):
         open_checkpoint(folder)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", [INDEX, "model.safetensors", "config.json"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "m")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=r"is not a regular file|no config"):
+        open_checkpoint(folder)
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m")
+    (folder / "notes.txt").symlink_to("notes.txt")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a link to no file"):
+        open_checkpoint(folder)
+
+
+def test_a_name_that_is_too_long_for_the_system_names_no_shard(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", shards=2)
+    _edit_index(folder, lambda placed: placed.update(extra="€" * 200 + ".safetensors"))
+    with pytest.raises(CheckpointError, match="which is missing"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("refusal_direction.safetensors", "is what a conversion adds"),
+        (FIRST.upper().removesuffix("SAFETENSORS") + "safetensors", "differ in case alone"),
+    ],
+)
+def test_shards_that_the_output_could_not_keep_apart(tmp_path: Path, name: str, message: str) -> None:
+    folder = write(tmp_path / "m", shards=2)
+    forge(folder / name, {"extra": entry([1], 0, 4)}, bytes(4))
+    _edit_index(folder, lambda placed: placed.update(extra=name))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_json_that_is_too_deep_or_too_large(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "m", shards=2)
+    content = json.loads((folder / name).read_text())
+    for depth, message in ((MAX_DEPTH - 1, None), (MAX_DEPTH, "is nested more than"), (900, "is nested more than")):
+        (folder / name).write_text(json.dumps(content | {"deep": json.loads("[" * depth + "]" * depth)}))
+        if message is None:
+            open_checkpoint(folder)
+            continue
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(folder)
+    os.truncate(folder / name, MAX_JSON_BYTES + 1)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="is larger than"):
+        open_checkpoint(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_a_folder_that_cannot_be_looked_into(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="File name too long"):
+        open_checkpoint(tmp_path / ("x" * 300))

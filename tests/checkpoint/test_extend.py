@@ -109,3 +109,12 @@ def test_without_copies_the_index_is_the_same(tmp_path: Path) -> None:
 def test_copies_that_do_not_fit(tmp_path: Path, copies: list[TensorCopy], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         check_copies(indexed(tmp_path, {"weight_map": SORTED}), copies)
+
+
+@pytest.mark.parametrize("total", [10**4300 - 1, 2**63])
+def test_a_total_that_is_none_stays(tmp_path: Path, total: int) -> None:
+    """Python writes no number of more than 4300 digits."""
+    checkpoint = indexed(tmp_path, {"metadata": {"total_size": total}, "weight_map": SORTED})
+    assert checkpoint.index is not None
+    content = json.loads(extended_index(checkpoint, checkpoint.index, [TensorCopy("a", "head")]))
+    assert content["metadata"] == {"total_size": total}

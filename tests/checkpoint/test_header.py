@@ -13,6 +13,7 @@ from picocheckpoint import entry, forge, tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from abliterate.checkpoint import regular
 from abliterate.checkpoint.header import DTYPES, MAX_HEADER_BYTES, parse_header, read_header
 from abliterate.errors import CheckpointError
 
@@ -65,6 +66,8 @@ FORGED: dict[str, tuple[object, int, str]] = {
     "size that is no whole number": ({"a": {**GOOD, "shape": [2.0]}}, 8, "shape"),
     "size that is a truth": ({"a": {**GOOD, "shape": [True]}}, 8, "shape"),
     "shape of no kind": ({"a": {**GOOD, "shape": "2"}}, 8, "shape"),
+    "size minus zero": (b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', 0, "corrupt header"),
+    "half a surrogate in metadata": (b'{"__metadata__":{"a":"\\ud800"}}', 0, "half a character"),
     "too many dimensions": ({"a": {**GOOD, "shape": [1] * 100_000}}, 8, "shape"),
     "too many elements": ({"a": entry([2**62, 2**62, 0], 0, 0)}, 0, "too many elements"),
     "offsets backwards": ({"a": {**GOOD, "data_offsets": [8, 0]}}, 8, "bytes by its offsets"),
@@ -128,6 +131,21 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, fifo, tmp_path / "missing"):
         with pytest.raises(CheckpointError, match=path.name):
             read_header(path)
+
+
+@pytest.mark.timeout(20)
+def test_what_becomes_a_pipe_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    check, seen = regular._check, list[int]()
+
+    def late(path: Path, mode: int) -> None:
+        seen.append(mode)
+        if len(seen) > 1:
+            check(path, mode)
+
+    monkeypatch.setattr(regular, "_check", late)
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        read_header(tmp_path / "model.safetensors")
 
 
 JSON_VALUES = st.recursive(

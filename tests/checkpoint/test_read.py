@@ -58,3 +58,12 @@ def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
     header.path.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
         read_tensor(header, header.tensors["model.scale"])
+
+
+@pytest.mark.timeout(20)
+def test_a_file_that_became_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    header = open_checkpoint(write(tmp_path / "m")).shards[0]
+    header.path.unlink()
+    os.mkfifo(header.path)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed"):
+        read_tensor(header, header.tensors["model.scale"])

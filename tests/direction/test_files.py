@@ -1,6 +1,7 @@
 """Direction files: what is written is read back, and nothing else is taken for a direction."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,24 @@ def test_no_such_file_and_no_such_tensor(tmp_path: Path) -> None:
     assert "no direction file" in refused(tmp_path)
     said = refused(saved(tmp_path / "r.safetensors", drawn(HIDDEN), "refusal"))
     assert "has no tensor named direction, only refusal" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_what_is_no_real_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
+    assert "a direction is real numbers" in refused(saved(tmp_path / "r.safetensors", torch.ones(HIDDEN).to(dtype)))
+
+
+def test_nothing_but_the_direction_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vector, wide = drawn(HIDDEN), drawn(64, HIDDEN)
+    save_file({"direction": vector, "directions": wide}, tmp_path / "r.safetensors")
+    read, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *arguments: read.append(preadv(*arguments)) or read[-1])
+    load_direction(tmp_path / "r.safetensors", HIDDEN)
+    assert sum(read) == vector.nbytes
+    save_file({"direction": wide}, tmp_path / "r.safetensors")
+    refused(tmp_path / "r.safetensors")
+    assert sum(read) == vector.nbytes
+
+
+def test_names_of_other_tensors_are_shown_in_one_short_line(tmp_path: Path) -> None:
+    assert len(refused(saved(tmp_path / "r.safetensors", drawn(HIDDEN), "x" * 10_000))) < 1000

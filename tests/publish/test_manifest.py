@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def test_reads_what_it_wrote(tmp_path: Path, manifest: Manifest) -> None:
         (b"{", "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
         (b"[" * 200_000, "cannot be read"),
+        (b'{"schema": "abliteration/1", "a": ' + b"[" * 900 + b"]" * 900 + b"}", "not a manifest"),
         (b"[]", "not a manifest of schema abliteration/1"),
         (b'{"schema": "abliteration/9"}', "not a manifest of schema"),
         (b'{"schema": "abliteration/1"}', "lacks tool"),
@@ -168,3 +170,15 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes | None, m
     with pytest.raises(CheckpointError, match=message) as caught:
         read_manifest(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_or_an_endless_file_is_no_manifest(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / MANIFEST_NAME)
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST_NAME).unlink()
+    (tmp_path / MANIFEST_NAME).touch()
+    os.truncate(tmp_path / MANIFEST_NAME, 1 << 40)
+    with pytest.raises(CheckpointError, match="is larger than"):
+        read_manifest(tmp_path)
