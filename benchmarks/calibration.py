@@ -1,4 +1,4 @@
-"""Calibration streamed and in memory: time, peak memory, bytes of weights read, and whether the directions are the same.
+"""Calibration streamed and in memory: time, peak memory, bytes of weights read, and whether they find the same.
 
 Run `python benchmarks/calibration.py CHECKPOINT [--limit 900MB]`. The streamed run is held to the limit by the system:
 by a memory cgroup where one can be made, else by RLIMIT_DATA.
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from abliterate.sizes import parse_memory
@@ -71,7 +72,7 @@ def limited(size: int | None) -> Iterator[tuple[str, Callable[[], None] | None]]
         except OSError:
             continue
         try:
-            yield f"a memory cgroup of {size / 1e6:.0f} MB", lambda: _join(group / "cgroup.procs")
+            yield f"a memory cgroup of {size / 1e6:.0f} MB", partial(_join, group / "cgroup.procs")
         finally:
             group.rmdir()
         return
@@ -127,12 +128,11 @@ def main() -> None:
         recipe = Path(place) / "recipe.yaml"
         recipe.write_text(RECIPE.format(train=args.train, validation=args.validation))
         print(
-            f"{size / 1e9:.2f} GB of weights, {os.cpu_count()} cores, {args.train} + {args.validation} prompts of each"
+            f"{size / 1e9:.2f} GB of weights, {os.cpu_count()} cores, {args.train} + {args.validation} prompts a set;"
         )
-        print(f"set; the streamed run in {held}\n")
-        print(
-            "| weights | seconds | peak anonymous, MB | peak RSS, MB | read, GB |\n| --- | ---: | ---: | ---: | ---: |"
-        )
+        print(f"the streamed run in {held}\n")
+        print("| weights | seconds | peak anonymous, MB | peak RSS, MB | read, GB |")
+        print("| --- | ---: | ---: | ---: | ---: |")
         for memory in ("streamed", "resident"):
             out = Path(place) / f"{memory}.safetensors"
             words = [str(args.checkpoint), str(recipe), str(out), memory, args.dtype]
