@@ -6,7 +6,7 @@ correction) and on the left for generation.
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,10 +57,15 @@ def pad(prompts: Sequence[Tokens], device: torch.device, left: bool = False) -> 
 
 
 @contextmanager
-def capture_inputs(layers: Sequence[nn.Module], where: Tensor, width: int) -> Iterator[dict[int, Tensor]]:
+def capture_inputs(
+    layers: Sequence[nn.Module], where: Tensor, width: int, put: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[dict[int, Tensor]]:
     """Collects the input of each layer at `where` [rows, positions]: [rows, positions, hidden] by the layer's number.
 
     Of a layer that runs several times it is the last, of several streams (hyper-connections) their mean.
+
+    Args:
+        put: puts each of them where it waits for the others.
 
     Raises:
         CalibrationError: the layers see other tokens than the prompts', so that positions cannot be told.
@@ -76,7 +81,8 @@ def capture_inputs(layers: Sequence[nn.Module], where: Tensor, width: int) -> It
                 "cannot be told"
             )
         chosen = hidden[rows, where].float().cpu()
-        taken[number] = chosen.reshape(*where.shape, -1, width).mean(dim=-2)
+        mean = chosen.reshape(*where.shape, -1, width).mean(dim=-2)
+        taken[number] = put(mean) if put is not None else mean
         return hidden
 
     with ExitStack() as stack:
@@ -180,20 +186,28 @@ class LanguageModel:
         calls: list[Call[Batch]] = []
         for rows in batches:
             chosen = [steers[i] for i in rows] if steers else []
-            calls.append(partial(self._run, rows, [prompts[i] for i in rows], chosen, positions))
+            calls.append(partial(self._run, rows, [prompts[i] for i in rows], chosen, positions, len(batches)))
         bar = Bar(progress, description, list(map(len, batches)))
         for _, batch in self.runner.run(calls, bar):
             yield batch
 
-    def _run(self, rows: list[int], prompts: Sequence[Tokens], steers: Sequence[Steer], positions: int) -> Batch:
+    def _run(
+        self, rows: list[int], prompts: Sequence[Tokens], steers: Sequence[Steer], positions: int, calls: int
+    ) -> Batch:
         lengths = torch.tensor([len(tokens) for tokens in prompts])
         where = lengths[:, None] + torch.arange(-positions, 0)[None]
         with ExitStack() as stack:
             stack.enter_context(steered(self.stream, steers))
             layers = self.stream.layers if positions else ()
-            taken = stack.enter_context(capture_inputs(layers, where, self.stream.hidden_size))
+            keep = partial(self._keep, calls * len(layers))
+            taken = stack.enter_context(capture_inputs(layers, where, self.stream.hidden_size, keep))
             logits = self.logits(prompts)
         return Batch(rows, logits, stacked(taken, len(self.stream.layers)) if positions else None)
+
+    def _keep(self, count: int, value: Tensor) -> Tensor:
+        """Where so many like this one wait together: on the disk, if they outgrow memory."""
+        spool = self.runner.spool
+        return spool.keep(value) if spool is not None and spool.outgrows(value, count) else value
 
     def generate(
         self,
