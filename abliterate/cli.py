@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from abliterate import __version__
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, Interrupted, out_of_memory
 from abliterate.options import (
     exhaustive_option,
     inexact_option,
@@ -68,7 +68,9 @@ def cli() -> None:
 @exhaustive_option
 @run_options
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace OUT if it is there, and drop what another command left unfinished."
+)
 @inexact_option
 @click.option("--no-evaluate", is_flag=True, help="Leave out the evaluation before and after.")
 @json_option
@@ -294,13 +296,6 @@ def _echo_json(value: Any) -> None:
     click.echo(json.dumps(plain_values(value, "the result"), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Of Python, of a device (a RuntimeError of torch's), or of torch's allocator on the CPU (a plain one)."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "can't allocate memory")
-    )
-
-
 def _complain(message: str) -> None:
     """One line, whatever names and values are in it."""
     click.echo(f"error: {' '.join(message.split())}", err=True)
@@ -316,14 +311,17 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: nothing was written", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        kept = isinstance(error, Interrupted) or isinstance(error.__cause__, Interrupted)
+        click.echo(
+            f"interrupted: {'run the same command again to continue' if kept else 'nothing was written'}", err=True
+        )
         sys.exit(130)
     except AbliterateError as error:
         _complain(str(error))
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         _complain("out of memory; a smaller --batch-size or --dtype bfloat16 needs less")
         sys.exit(1)

@@ -45,6 +45,17 @@ class OutputError(AbliterateError):
     """The output folder cannot be used, or writing to it failed."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, of a run that the same command continues."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Of Python, of a device (a RuntimeError of torch's), or of torch's allocator on the CPU (a plain one)."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
+
+
 def first_line(error: BaseException) -> str:
     """What an error of any library says, in one line: the first of its message, or its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
