@@ -10,14 +10,15 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from abliterate import __version__
-from abliterate.errors import AbliterateError, Interrupted, out_of_memory
+from abliterate.checkpoint.workfolder import WorkFolder
+from abliterate.errors import AbliterateError, out_of_memory
 from abliterate.options import (
     exhaustive_option,
     inexact_option,
@@ -78,7 +79,17 @@ def cli() -> None:
 def convert(
     model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: bool, as_json: bool, **given: Any
 ) -> None:
-    """Find the refusal direction of MODEL, project it out of its weights, write OUT, and prove the result."""
+    """Find the refusal direction of MODEL, project it out of its weights, write OUT, and prove the result.
+
+    A run that was stopped, whatever stopped it, is continued by the same command.
+    """
+    with _telling_what_is_left(out):
+        _convert(model, out, dry_run, overwrite, no_evaluate, as_json, given)
+
+
+def _convert(
+    model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: bool, as_json: bool, given: Mapping[str, Any]
+) -> None:
     with _loading():
         from abliterate import conversion, dryrun
 
@@ -245,6 +256,22 @@ def recipes(name: str | None, as_json: bool) -> None:
         click.echo(recipe_path(name).read_text(encoding="utf-8").rstrip())
 
 
+class _Unfinished(KeyboardInterrupt):
+    """Ctrl-C, with something to continue."""
+
+
+@contextmanager
+def _telling_what_is_left(out: Path) -> Iterator[None]:
+    """Ctrl-C ends in another message where the same command has something to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        with suppress(OSError, ValueError, RuntimeError):  # of an OUT that cannot be
+            if WorkFolder.of(out.resolve()).unfinished:
+                raise _Unfinished from interrupt
+        raise
+
+
 @contextmanager
 def _loading() -> Iterator[None]:
     """Ctrl-C waits until libraries are loaded: halfway, some swallow it and others end the process their own way."""
@@ -312,7 +339,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
-        kept = isinstance(error, Interrupted) or isinstance(error.__cause__, Interrupted)
+        kept = isinstance(error.__cause__, _Unfinished)
         click.echo(
             f"interrupted: {'run the same command again to continue' if kept else 'nothing was written'}", err=True
         )

@@ -91,7 +91,6 @@ def convert(
     Raises:
         AbliterateError: there is no new OUT. Where running again can help (OutputError: the disk is full, say), what is
             finished is kept beside OUT, and the same call goes on from there.
-        Interrupted: on Ctrl-C, likewise.
     """
     # before a model is downloaded that could then not be written
     local = find(model, revision)

@@ -45,10 +45,6 @@ class OutputError(AbliterateError):
     """The output folder cannot be used, or writing to it failed."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, of a run that the same command continues."""
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Of Python, of a device (a RuntimeError of torch's), or of torch's allocator on the CPU (a plain one)."""
     return isinstance(error, MemoryError) or any(

@@ -15,7 +15,7 @@ from abliterate.checkpoint.output import Staging, staged
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.checkpoint.target import resolved
 from abliterate.checkpoint.workfolder import WorkFolder, in_use
-from abliterate.errors import AbliterateError, Interrupted, OutputError, out_of_memory
+from abliterate.errors import AbliterateError, OutputError, out_of_memory
 from abliterate.identity import what_differs
 from abliterate.journal import Journal, JournalError, read_journal
 from abliterate.progress import SILENT, Progress
@@ -42,7 +42,6 @@ def working(
 
     Raises:
         OutputError: see `staged`; or the work of another command is there, unfinished.
-        Interrupted: on Ctrl-C, where there is something to continue.
     """
     with staged(out, overwrite=overwrite, inputs=[checkpoint.folder]) as staging:
         journal = None
@@ -52,9 +51,7 @@ def working(
         except BaseException as error:
             if journal is not None:
                 staging.kept = journal.begun and not _of_the_input(error)
-            if staging.kept and isinstance(error, KeyboardInterrupt):
-                raise Interrupted from error
-            if staging.kept and journal is not None:
+            if staging.kept and journal is not None and not isinstance(error, KeyboardInterrupt):
                 log.warning("what is finished is kept in %s: the same command goes on from there", staging.work.path)
             raise
 

@@ -125,7 +125,7 @@ def _stage(work: WorkFolder, overwrite: bool, stack: contextlib.ExitStack) -> St
     stack.callback(_leave, staging)
     for target in (work.out, failed(work.out)):
         _put_back(work, target)
-    staging.kept = work.journal.exists() and work.new.is_dir()
+    staging.kept = work.unfinished
     if not staging.kept:
         if work.journal.exists():
             log.warning("%s is what a run left that was killed after it had finished: it is removed", work.path)

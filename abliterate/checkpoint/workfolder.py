@@ -57,6 +57,11 @@ class WorkFolder:
         """Held by who works here; says who that is."""
         return self.path / "lock"
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a run was stopped here that had finished a part of its work."""
+        return self.journal.exists() and self.new.is_dir()
+
     def aside(self, target: Path) -> Path:
         """Where what was at `target`, OUT or OUT.failed, waits until the new one has its place."""
         return self.path / ("old" if target == self.out else "old.failed")
