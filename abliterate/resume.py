@@ -108,8 +108,8 @@ def _look(work: WorkFolder, identity: Mapping[str, Any], files: bool = True) -> 
 def _refuse_or_say(work: WorkFolder, other: str, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(
-            f"{work.path} holds unfinished work of another run ({other}); finish it with the command that it is of, or "
-            "start anew with --overwrite"
+            f"{work.path} holds unfinished work of another run ({other}); run that command again to finish it, or add "
+            "--overwrite to start anew"
         )
 
 

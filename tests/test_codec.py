@@ -46,7 +46,10 @@ def same(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
     if isinstance(left, float):
-        return (math.isnan(left) and math.isnan(right)) or (left, math.copysign(1, left)) == (right, math.copysign(1, right))
+        return (math.isnan(left) and math.isnan(right)) or (left, math.copysign(1, left)) == (
+            right,
+            math.copysign(1, right),
+        )
     if isinstance(left, Tensor):
         bits = [
             tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor[None].view(torch.uint8)
