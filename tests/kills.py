@@ -234,6 +234,7 @@ def tried(trial: Trial, kills: int, seed: int) -> Tally:
     while used < kills and len(trial.tally.faults) < 5:
         used += trial.sequence(number, kills - used, chance)
         number += 1
+        print(f"{used} of {kills} kills, {len(trial.tally.faults)} faults", end="\r", file=sys.stderr, flush=True)
     return trial.tally
 
 
