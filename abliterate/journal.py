@@ -90,16 +90,20 @@ class Journal:
             raise ValueError(f"two stages are called {name}")
         self._seen.add(name)
         before = self._trail
-        content = self._kept(name, kind, before)
-        if content is None:
-            content = encode(make())
-            write_file(self._file(name), content)
-            sync(self.work.stages)
-            self._stages[name] = Entry(_sha256(content), before)
-            self._write()
+        kept = self._kept(name, kind, before)
+        value = kept[0] if kept else self._finish(name, kind, before, make())
         self._trail = _sha256(f"{before} {name} {self._stages[name].sha256}".encode())
-        value: T = decode(kind, content)
         return value
+
+    def _finish(self, name: str, kind: Any, before: str, value: T) -> T:
+        """Stores the result of a stage; returns it as the next run will read it."""
+        content = encode(value)
+        write_file(self._file(name), content)
+        sync(self.work.stages)
+        self._stages[name] = Entry(_sha256(content), before)
+        self._write()
+        stored: T = decode(kind, content)
+        return stored
 
     def finish_shard(self, record: ShardRecord) -> None:
         """Writes down a shard that has its final name."""
@@ -117,8 +121,8 @@ class Journal:
             digest = record.sha256_out or secrets.token_hex(32)
             self._trail = _sha256(f"{self._trail} {record.name} {digest}".encode())
 
-    def _kept(self, name: str, kind: Any, before: str) -> bytes | None:
-        """The bytes of a stage that an earlier run has finished, if they are to be trusted."""
+    def _kept(self, name: str, kind: Any, before: str) -> tuple[Any] | None:
+        """The result of a stage that an earlier run has finished, if it is to be trusted."""
         entry = self._stages.get(name)
         if entry is None:
             return None
@@ -128,9 +132,9 @@ class Journal:
         try:
             content = self._file(name).read_bytes()
             if _sha256(content) == entry.sha256:
-                decode(kind, content)
+                value = decode(kind, content)
                 log.info("stage %s is taken from the run before", name)
-                return content
+                return (value,)
         except (OSError, CodecError) as error:
             log.info("%s: %s", self._file(name), error)
         log.warning("stage %s is damaged in %s: it is done again", name, self.work.stages)

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ from abliterate.checkpoint.output import Staging, staged
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.checkpoint.target import resolved
 from abliterate.checkpoint.workfolder import WorkFolder, in_use
-from abliterate.errors import AbliterateError, OutputError, out_of_memory
+from abliterate.errors import AbliterateError, OutputError
 from abliterate.identity import what_differs
 from abliterate.journal import Journal, JournalError, read_journal
 from abliterate.progress import SILENT, Progress
@@ -168,20 +168,21 @@ def bytes_in(folder: Path) -> int:
 
 
 def _of_the_input(error: BaseException) -> bool:
-    """Whether the same would happen again: an error about what was given, and not about memory or a disk."""
+    """Whether the same would happen again: an error about what was given, and not about this machine as it is now."""
     if not isinstance(error, AbliterateError) or isinstance(error, OutputError):
         return False
     return not any(_passes(cause) for cause in _causes(error))
 
 
-def _causes(error: BaseException) -> Sequence[BaseException]:
-    found: list[BaseException] = []
+def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
-    while cause is not None and cause not in found:
-        found.append(cause)
+    while cause is not None:
+        yield cause
         cause = cause.__cause__
-    return found
 
 
 def _passes(error: BaseException) -> bool:
-    return out_of_memory(error) or (isinstance(error, OSError) and error.errno in PASSING)
+    """Memory, a disk, or a device, of which torch tells in plain RuntimeErrors."""
+    if isinstance(error, OSError):
+        return error.errno in PASSING
+    return isinstance(error, MemoryError | RuntimeError)

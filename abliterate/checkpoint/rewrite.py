@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -97,7 +96,7 @@ def rewrite_checkpoint(
     progress: Progress = SILENT,
     hash_files: bool = True,
     done: Callable[[ShardRecord], None] | None = None,
-    skip: Mapping[str, ShardRecord] = MappingProxyType({}),
+    skip: Mapping[str, ShardRecord] | None = None,
 ) -> tuple[ShardRecord, ...]:
     """Writes every shard, and the index, into the folder `out`; each file has its name only when it is whole.
 
@@ -122,14 +121,14 @@ def rewrite_checkpoint(
     """
     _check_edits(checkpoint, edits)
     check_copies(checkpoint, copies)
-    shards = [shard for shard in checkpoint.shards if shard.path.name not in skip]
+    records = dict(skip or {})
+    shards = [shard for shard in checkpoint.shards if shard.path.name not in records]
     held = {name for shard in shards for name in shard.tensors}
     needed = sum(shard.file_size for shard in shards)
     needed += sum(checkpoint.tensors[copy.source].nbytes for copy in copies if copy.source in held)
     measured = sum(edit.passes * checkpoint.tensors[name].nbytes for name, edit in edits.items() if name in held)
     with disk_errors(out, needed), progress.bar("rewrite", needed + measured, "B") as advance:
         check_space(out, needed)
-        records = dict(skip)
         for job in [_job(shard, edits, copies, advance, hash_files) for shard in shards]:
             name = job.source.path.name
             records[name] = _write_shard(job, out / name)

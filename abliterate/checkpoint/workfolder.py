@@ -129,8 +129,9 @@ def _locked(work: WorkFolder) -> int:
             os.close(fd)
             raise OutputError(f"another run ({holder}) is writing {work.out}; wait for it, or choose another OUT")
         if _is_at(fd, work.lock):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+            with suppress(OSError):  # it is there for messages
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
             return fd
         os.close(fd)
     raise OutputError(f"{work.path} cannot be locked; other runs come and go there: choose another OUT")
