@@ -1,8 +1,11 @@
 """Kills conversions at random moments and lets the same command go on, until each gives what an undisturbed one gives.
 
-`python -m tests.kills --pico 180 --subject 20 --seed 0`. Three kills of four are kill -9, one is Ctrl-C. This process
-imports what the command line imports and computes nothing; every run is a fork of it, so that none waits for imports
-(a fork of a process whose OpenMP has run would hang: models are therefore made in forks too, and one thread computes).
+`python -m tests.kills --pico 180 --subject 20 --seed 0`. Three kills of four are kill -9, one is Ctrl-C; half are at a
+moment drawn from the time that a run takes, half right after a step of it, so that short steps are hit as well.
+
+This process imports what the command line imports and computes nothing; every run is a fork of it, so that none waits
+for imports (a fork of a process whose OpenMP has run would hang: models are therefore made in forks too, and a run has
+one thread).
 """
 
 import os
@@ -34,7 +37,7 @@ from tests import pico
 
 ROOT = Path(__file__).parents[1]
 BUILD = Path(os.environ.get("ABLITERATE_TEST_BUILD", ROOT / "build"))
-PATIENCE = 600
+PATIENCE, STEPS = 600, 24
 QUICK = """
 name: quick
 calibration: {{train: {train}, validation: {held}, test: {held}}}
@@ -165,7 +168,7 @@ class Trial:
         used = 0
         while used < kills:
             pid = self.start(overwrite)
-            status = ended(pid, chance.uniform(0, self.tally.full))
+            status = self.moment(pid, chance)
             if status is not None:
                 self.finish(status)
                 return used
@@ -176,6 +179,28 @@ class Trial:
                 return used
         self.finish(ended(self.start(overwrite)))
         return used
+
+    def moment(self, pid: int, chance: random.Random) -> int | None:
+        """Waits for a random moment: of the time that a run takes, or soon after one of the steps that can be seen."""
+        if chance.random() < 0.5:
+            return ended(pid, chance.uniform(0, self.tally.full))
+        steps, last = chance.randint(0, STEPS), self.step()
+        while steps:
+            status = ended(pid, 0.0005)
+            if status is not None:
+                return status
+            steps, last = steps - (self.step() != last), self.step()
+        return ended(pid, chance.uniform(0, 0.01 * self.tally.full))
+
+    def step(self) -> list[tuple[int, int] | None]:
+        """What a run has come to: files that come, change and go as it proceeds."""
+        seen = []
+        for path in (self.out, self.work, *(self.work / name for name in ("journal.json", "out", "old", "stages"))):
+            try:
+                seen.append((path.stat().st_ino, path.stat().st_mtime_ns))
+            except OSError:
+                seen.append(None)
+        return seen
 
     @property
     def done(self) -> bool:
