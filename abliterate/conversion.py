@@ -138,33 +138,36 @@ def prepare(
 def study_base(job: Job, stages: Stages) -> BaseFindings:
     """Everything that needs the unedited weights in memory: the direction, and the evaluation before."""
     text = stream_text(job.subject, job.tongue, job.options.trust_remote_code)
-    given, progress = job.direction_file, job.options.progress
+    given, progress, hidden = job.direction_file, job.options.progress, job.subject.plan.hidden_size
     if given is not None and not job.evaluate:
-        direction = load_direction(given, job.subject.plan.hidden_size)
+        direction = load_direction(given, hidden)
         return BaseFindings(direction, direction_bytes(direction), text)
     tied = job.subject.plan.shares_edit and not unties(job)
     base = Once(lambda: load_model(job.subject, job.options, tied_head=tied, tokenizer=job.tongue.tokenizer))
-    found = calibration = None
-    if given is None:
-        assert job.tongue.chat is not None
-        found = calibrated = find_in(base, job.tongue.chat, job.prompts, job.recipe, progress, stages)
-        direction, file = found.direction, found.file_bytes()
-        calibration = stages.stage(
-            "calibration", dict[str, Any], lambda: calibration_record(calibrated, base(), job.options)
-        )
-    else:
-        direction = load_direction(given, job.subject.plan.hidden_size)
+    found, calibration = None, None
+    if given is not None:
+        direction = load_direction(given, hidden)
         file = direction_bytes(direction)
+    else:
+        found, calibration = _calibrate(job, base, stages)
+        direction, file = found.direction, found.file_bytes()
     data = _evaluation_data(job, base, found, stages) if job.evaluate else None
     stream = stages.stage(
         "stream before", StreamResidual, lambda: run_stream(base(), job.subject, job.options, text, direction)
     )
     before = None
     if data is not None:
-        before = stages.stage(
-            "evaluation before", Measured, lambda: evaluate_model(base(), data, None, progress, "before")
-        )
+        measure = lambda: evaluate_model(base(), data, None, progress, "before")  # noqa: E731
+        before = stages.stage("evaluation before", Measured, measure)
     return BaseFindings(direction, file, text, stream, found, calibration, data, before)
+
+
+def _calibrate(job: Job, base: Once[ResidentModel], stages: Stages) -> tuple[FoundDirection, Mapping[str, Any]]:
+    """The direction, and the record of how it was found."""
+    assert job.tongue.chat is not None
+    found = find_in(base, job.tongue.chat, job.prompts, job.recipe, job.options.progress, stages)
+    record = stages.stage("calibration", dict[str, Any], lambda: calibration_record(found, base(), job.options))
+    return found, record
 
 
 def _evaluation_data(
