@@ -10,14 +10,15 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from abliterate import __version__
-from abliterate.errors import AbliterateError
+from abliterate.checkpoint.workfolder import WorkFolder
+from abliterate.errors import AbliterateError, out_of_memory
 from abliterate.options import (
     exhaustive_option,
     inexact_option,
@@ -69,7 +70,9 @@ def cli() -> None:
 @exhaustive_option
 @run_options
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace OUT if it is there, and drop what another command left unfinished."
+)
 @inexact_option
 @click.option("--no-evaluate", is_flag=True, help="Leave out the evaluation before and after.")
 @max_new_tokens_option
@@ -78,7 +81,17 @@ def cli() -> None:
 def convert(
     model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: bool, as_json: bool, **given: Any
 ) -> None:
-    """Find the refusal direction of MODEL, project it out of its weights, write OUT, and prove the result."""
+    """Find the refusal direction of MODEL, project it out of its weights, write OUT, and prove the result.
+
+    A run that was stopped, whatever stopped it, is continued by the same command.
+    """
+    with _telling_what_is_left(out):
+        _convert(model, out, dry_run, overwrite, no_evaluate, as_json, given)
+
+
+def _convert(
+    model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: bool, as_json: bool, given: Mapping[str, Any]
+) -> None:
     with _loading():
         from abliterate import conversion, dryrun
 
@@ -246,6 +259,22 @@ def recipes(name: str | None, as_json: bool) -> None:
         click.echo(recipe_path(name).read_text(encoding="utf-8").rstrip())
 
 
+class _Unfinished(KeyboardInterrupt):
+    """Ctrl-C, with something to continue."""
+
+
+@contextmanager
+def _telling_what_is_left(out: Path) -> Iterator[None]:
+    """Ctrl-C ends in another message where the same command has something to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        with suppress(OSError, ValueError, RuntimeError):  # of an OUT that cannot be
+            if WorkFolder.of(out.resolve()).unfinished:
+                raise _Unfinished from interrupt
+        raise
+
+
 @contextmanager
 def _loading() -> Iterator[None]:
     """Ctrl-C waits until libraries are loaded: halfway, some swallow it and others end the process their own way."""
@@ -298,13 +327,6 @@ def _echo_json(value: Any) -> None:
     click.echo(json.dumps(plain_values(value, "the result"), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Of Python, of a device (a RuntimeError of torch's), or of torch's allocator on the CPU (a plain one)."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "can't allocate memory")
-    )
-
-
 def _complain(message: str) -> None:
     """One line, whatever names and values are in it."""
     click.echo(f"error: {' '.join(message.split())}", err=True)
@@ -320,14 +342,17 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: nothing was written", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        kept = isinstance(error.__cause__, _Unfinished)
+        click.echo(
+            f"interrupted: {'run the same command again to continue' if kept else 'nothing was written'}", err=True
+        )
         sys.exit(130)
     except AbliterateError as error:
         _complain(str(error))
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         _complain("out of memory; a smaller --batch-size or --dtype bfloat16 needs less")
         sys.exit(1)

@@ -9,14 +9,16 @@ from typing import Any
 
 from abliterate.calibration.chat import make_chat_format
 from abliterate.calibration.load import load_tokenizer, pick_device
+from abliterate.calibration.model import LanguageModel
 from abliterate.certify.certificate import Certificate
+from abliterate.certify.stream import StreamResidual
 from abliterate.checkpoint.carry import carry_over, update_config
 from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.extend import TensorCopy, single_index
 from abliterate.checkpoint.files import DIRECTION_FILE, INDEX_SUFFIX
 from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.locate import Source, find
-from abliterate.checkpoint.output import Staging, check_target, staged
+from abliterate.checkpoint.output import Staging, check_target
 from abliterate.checkpoint.rewrite import rewrite_checkpoint
 from abliterate.describing import describe
 from abliterate.direction.files import direction_bytes, load_direction
@@ -24,7 +26,9 @@ from abliterate.edit.edits import build_edits
 from abliterate.errors import ArchitectureError
 from abliterate.evaluation.metrics import EvaluationSet, Measured, evaluate_model
 from abliterate.find import FoundDirection, find_in
+from abliterate.identity import identity_of
 from abliterate.job import BaseFindings, Job, Written, command_of, output_bytes, unties
+from abliterate.journal import Journal
 from abliterate.measuring import discovered_tokens, evaluation_set
 from abliterate.prompting import load_calibration
 from abliterate.proving import assemble, certify_stream, run_stream, stream_text, tongue_of
@@ -36,6 +40,8 @@ from abliterate.record import (
     EditRecord,
     calibration_record,
 )
+from abliterate.resume import bytes_in, keep_only, working
+from abliterate.stages import Once, Stages
 from abliterate.subject import RunOptions, Subject, load_model, open_subject, subject_at
 
 log = logging.getLogger(__name__)
@@ -82,7 +88,8 @@ def convert(
         The conversion; when its certificate fails the folder is `NAME.failed` and `holds` is False.
 
     Raises:
-        AbliterateError: nothing was written.
+        AbliterateError: there is no new OUT. Where running again can help (OutputError: the disk is full, say), what is
+            finished is kept beside OUT, and the same call goes on from there.
     """
     # before a model is downloaded that could then not be written
     local = find(model, revision)
@@ -90,12 +97,13 @@ def convert(
     options = options or RunOptions()
     subject = open_subject(model, revision, options.trust_remote_code, options.inexact)
     job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
-    with staged(Path(out), overwrite=overwrite, inputs=[job.subject.folder]) as staging:
-        check_space(staging.folder, output_bytes(job))
-        job = replace(job, options=replace(job.options, scratch=staging.folder))
-        findings = study_base(job)
-        written = write_edited(job, findings, staging.folder)
-        certificate, edited = prove(job, findings, staging.folder)
+    progress, checkpoint = options.progress, job.subject.checkpoint
+    with working(Path(out), checkpoint, identity_of(job), overwrite=overwrite, progress=progress) as (staging, journal):
+        check_space(staging.folder, output_bytes(job) - bytes_in(staging.folder))
+        job = replace(job, options=replace(options, scratch=staging.folder))
+        findings = study_base(job, journal)
+        written = write_edited(job, findings, staging.folder, journal)
+        certificate, edited = prove(job, findings, staging.folder, journal)
         manifest = portable_manifest(describe(job, findings, written, certificate, edited))
         publish_files(job, findings, written, manifest, staging.folder, Path(out).resolve().name)
         return _finish(staging, certificate, manifest)
@@ -127,51 +135,72 @@ def prepare(
     return Job(subject, chosen, options, tongue, prompts, evaluate and tongue.tokenizer is not None, file, command)
 
 
-def study_base(job: Job) -> BaseFindings:
+def study_base(job: Job, stages: Stages) -> BaseFindings:
     """Everything that needs the unedited weights in memory: the direction, and the evaluation before."""
     text = stream_text(job.subject, job.tongue, job.options.trust_remote_code)
-    given = job.direction_file
+    given, progress, hidden = job.direction_file, job.options.progress, job.subject.plan.hidden_size
     if given is not None and not job.evaluate:
-        direction = load_direction(given, job.subject.plan.hidden_size)
+        direction = load_direction(given, hidden)
         return BaseFindings(direction, direction_bytes(direction), text)
     tied = job.subject.plan.shares_edit and not unties(job)
-    model = load_model(job.subject, job.options, tied_head=tied, tokenizer=job.tongue.tokenizer)
-    found = None
-    if given is None:
-        assert job.tongue.chat is not None
-        found = find_in(model, job.tongue.chat, job.prompts, job.recipe, job.options.progress)
-        direction, file = found.direction, found.file_bytes()
-    else:
-        direction = load_direction(given, job.subject.plan.hidden_size)
+    base = Once(lambda: load_model(job.subject, job.options, tied_head=tied, tokenizer=job.tongue.tokenizer))
+    found, calibration = None, None
+    if given is not None:
+        direction = load_direction(given, hidden)
         file = direction_bytes(direction)
-    calibration = calibration_record(found, model, job.options) if found else None
-    data = _evaluation_data(job, model, found) if job.evaluate else None
-    return BaseFindings(
-        direction,
-        file,
-        text,
-        run_stream(model, job.subject, job.options, text, direction),
-        found,
-        calibration,
-        data,
-        evaluate_model(model, data, None, job.options.progress, "before") if data else None,
+    else:
+        found, calibration = _calibrate(job, base, stages)
+        direction, file = found.direction, found.file_bytes()
+    data = _evaluation_data(job, base, found, stages) if job.evaluate else None
+    stream = stages.stage(
+        "stream before", StreamResidual, lambda: run_stream(base(), job.subject, job.options, text, direction)
     )
+    before = None
+    if data is not None:
+        measure = lambda: evaluate_model(base(), data, None, progress, "before")  # noqa: E731
+        before = stages.stage("evaluation before", Measured, measure)
+    return BaseFindings(direction, file, text, stream, found, calibration, data, before)
 
 
-def _evaluation_data(job: Job, model: Any, found: FoundDirection | None) -> EvaluationSet:
-    progress = job.options.progress
-    ids = found.refusal_tokens.ids if found else discovered_tokens(model, job.tongue, job.prompts, progress)
-    tokens = job.options.max_new_tokens or job.recipe.evaluation.max_new_tokens
-    return evaluation_set(job.tongue, job.prompts, ids, tokens)
+def _calibrate(job: Job, base: Once[LanguageModel], stages: Stages) -> tuple[FoundDirection, Mapping[str, Any]]:
+    """The direction, and the record of how it was found."""
+    assert job.tongue.chat is not None
+    found = find_in(base, job.tongue.chat, job.prompts, job.recipe, job.options.progress, stages)
+    record = stages.stage("calibration", dict[str, Any], lambda: calibration_record(found, base(), job.options))
+    return found, record
 
 
-def write_edited(job: Job, findings: BaseFindings, folder: Path) -> Written:
-    """Shard in, shard out: writers edited, everything else carried over byte for byte."""
+def _evaluation_data(
+    job: Job, base: Once[LanguageModel], found: FoundDirection | None, stages: Stages
+) -> EvaluationSet:
+    ids = found.refusal_tokens.ids if found else None
+    if found is None:
+        ids = stages.stage(
+            "refusal tokens",
+            tuple[int, ...] | None,
+            lambda: discovered_tokens(base(), job.tongue, job.prompts, job.options.progress),
+        )
+    longest = job.options.max_new_tokens or job.recipe.evaluation.max_new_tokens
+    return evaluation_set(job.tongue, job.prompts, ids, longest)
+
+
+def write_edited(job: Job, findings: BaseFindings, folder: Path, journal: Journal) -> Written:
+    """Shard in, shard out: writers edited, everything else carried over byte for byte; finished shards stay."""
     plan, checkpoint = job.subject.plan, job.subject.checkpoint
     untie = unties(job)
     edits = build_edits(checkpoint, plan, findings.direction, job.recipe.edit.strength, untie)
     copies = [TensorCopy(source, target) for source, target in plan.untying or ()] if untie else []
-    shards = rewrite_checkpoint(checkpoint, folder, edits, copies, progress=job.options.progress)
+    keep_only(folder, journal.shards)
+    shards = rewrite_checkpoint(
+        checkpoint,
+        folder,
+        edits,
+        copies,
+        progress=job.options.progress,
+        done=journal.finish_shard,
+        skip=journal.shards,
+    )
+    journal.follow(shards)
     files = carry_over(checkpoint, folder)
     changes = dict.fromkeys(plan.tied_flags, False) if untie else {}
     if changes:
@@ -181,7 +210,7 @@ def write_edited(job: Job, findings: BaseFindings, folder: Path) -> Written:
     return Written(shards, EditRecord(head, tuple(copy.target for copy in copies), changes, forms), tuple(files))
 
 
-def prove(job: Job, findings: BaseFindings, folder: Path) -> tuple[Certificate, Measured | None]:
+def prove(job: Job, findings: BaseFindings, folder: Path, stages: Stages) -> tuple[Certificate, Measured | None]:
     """The certificate and the evaluation after, both on the stored files."""
     edited = subject_at(Source(folder, None, None, None), job.options.trust_remote_code, job.options.inexact)
     if unties(job) and edited.plan.tied:
@@ -189,16 +218,24 @@ def prove(job: Job, findings: BaseFindings, folder: Path) -> tuple[Certificate, 
         raise ArchitectureError(
             f"transformers still ties the head, whatever {flags} says: use a recipe with head: tied"
         )
-    stream = certify_stream(edited, job.options, findings.text, findings.direction)
+    stream = stages.stage(
+        "stream after",
+        StreamResidual,
+        lambda: certify_stream(edited, job.options, findings.text, findings.direction),
+    )
     strength = job.recipe.edit.strength
     certificate = assemble(
         edited, job.subject.checkpoint, findings.direction, findings.text, stream, findings.stream, strength
     )
     if findings.data is None or findings.evaluation is None:
         return certificate, None
+    return certificate, stages.stage("evaluation after", Measured, lambda: _measure_edited(job, findings, edited))
+
+
+def _measure_edited(job: Job, findings: BaseFindings, edited: Subject) -> Measured:
+    assert findings.data is not None and findings.evaluation is not None
     model = load_model(edited, job.options, tokenizer=job.tongue.tokenizer)
-    baseline = findings.evaluation.harmless_logits
-    return certificate, evaluate_model(model, findings.data, baseline, job.options.progress, "after")
+    return evaluate_model(model, findings.data, findings.evaluation.harmless_logits, job.options.progress, "after")
 
 
 def publish_files(

@@ -10,8 +10,10 @@ from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.glimpse import glimpse
 from abliterate.checkpoint.output import check_target
 from abliterate.conversion import prepare
+from abliterate.identity import identity_of
 from abliterate.job import Job, output_bytes
 from abliterate.recipe import Recipe
+from abliterate.resume import outlook
 from abliterate.subject import RunOptions, placement_of, subject_at
 
 
@@ -45,8 +47,12 @@ def dry_run(
         subject = subject_at(source, options.trust_remote_code, options.inexact)
         job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
         check_target(Path(out), overwrite=overwrite, inputs=[job.subject.folder])
+        whole = subject.source.model_id is None
+        left = outlook(Path(out), identity_of(job), overwrite=overwrite, files=whole)
         check_space(next(parent for parent in Path(out).resolve().parents if parent.exists()), output_bytes(job))
-        return DryRun(job.subject.plan, job.subject.checkpoint, _summary(job, Path(out)))
+        return DryRun(
+            job.subject.plan, job.subject.checkpoint, "; ".join(filter(None, (_summary(job, Path(out)), left)))
+        )
 
 
 def _summary(job: Job, out: Path) -> str:

@@ -66,6 +66,13 @@ def _escape(character: str) -> str:
     return " " if character.isspace() else character.encode("unicode_escape").decode("ascii")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Of Python, of a device (a RuntimeError of torch's), or of torch's allocator on the CPU (a plain one)."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
+
+
 def first_line(error: BaseException) -> str:
     """What an error of any library says, in one line: the first of its message, or its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

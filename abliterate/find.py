@@ -11,7 +11,7 @@ from abliterate.calibration.chat import ChatFormat
 from abliterate.calibration.model import LanguageModel
 from abliterate.checkpoint.diskio import check_file_target, write_file
 from abliterate.direction.files import direction_bytes
-from abliterate.direction.means import Directions, difference, mean_hidden
+from abliterate.direction.means import Directions, Mean, difference, mean_hidden
 from abliterate.direction.refusal_tokens import RefusalTokens, find_refusal_tokens, named_refusal_tokens
 from abliterate.direction.scoring import ScoreSheet, Validation
 from abliterate.direction.screening import Selection, choose_direction
@@ -20,6 +20,7 @@ from abliterate.errors import CalibrationError
 from abliterate.progress import Progress
 from abliterate.prompting import Prompts, chat_format, encode, load_calibration
 from abliterate.recipe import Recipe, SelectionRecipe, load_recipe
+from abliterate.stages import NO_STAGES, Once, Stages
 from abliterate.subject import RunOptions, load_model, open_subject, tokenizer_of
 
 log = logging.getLogger(__name__)
@@ -62,34 +63,72 @@ def thresholds_of(recipe: SelectionRecipe) -> Thresholds:
     return Thresholds(recipe.max_layer_fraction, recipe.max_kl, recipe.min_induce, recipe.strict)
 
 
+@dataclass(frozen=True)
+class _Picked:
+    """What the selection gave: the direction is that at the end of the stream, which takes the model to tell."""
+
+    selection: Selection
+    unit: Tensor
+
+
 def find_in(
-    model: LanguageModel, chat: ChatFormat, prompts: Prompts, recipe: Recipe, progress: Progress
+    base: Once[LanguageModel],
+    chat: ChatFormat,
+    prompts: Prompts,
+    recipe: Recipe,
+    progress: Progress,
+    stages: Stages = NO_STAGES,
 ) -> FoundDirection:
-    """Finds the direction of a loaded model.
+    """Finds the direction of a model.
+
+    Args:
+        base: the model, which is loaded when it is first needed.
+        stages: keeps what was computed; where it has everything, the model is not loaded.
 
     Raises:
         CalibrationError: the model does not refuse, or too few prompts are left.
         SelectionError: no candidate passes.
     """
-    if model.stream.unreached:
-        log.warning("scores leave out %s, whose output no hook reaches", ", ".join(model.stream.unreached[:3]))
-    harmful, harmless = encode(chat, prompts.harmful.train), encode(chat, prompts.harmless.train)
-    tokens = _refusal_tokens(model, harmful, harmless, recipe, chat, progress)
+    train = (encode(chat, prompts.harmful.train), encode(chat, prompts.harmless.train))
+    tokens = stages.stage(
+        "refusal tokens", RefusalTokens, lambda: _refusal_tokens(base(), *train, recipe, chat, progress)
+    )
     positions = positions_of(chat, recipe)
     sign = 1 if recipe.direction.filter else 0
-    directions = difference(
-        mean_hidden(model, harmful, positions, sign, tokens.ids, progress, "harmful means"),
-        mean_hidden(model, harmless, positions, -sign, tokens.ids, progress, "harmless means"),
-        model.stream.transport,
-    )
+
+    def mean(kind: str, texts: list[list[int]], wanted: int) -> Mean:
+        name = f"{kind} means"
+        make = lambda: mean_hidden(base(), texts, positions, wanted, tokens.ids, progress, name)  # noqa: E731
+        return stages.stage(name, Mean, make)
+
+    harmful, harmless = mean("harmful", train[0], sign), mean("harmless", train[1], -sign)
     data = Validation(encode(chat, prompts.harmful.validation), encode(chat, prompts.harmless.validation), tokens.ids)
+    picked = stages.stage(
+        "selection", _Picked, lambda: _pick(base(), harmful, harmless, data, recipe.selection, progress, stages)
+    )
+    if picked.selection.choice.relaxed:
+        log.warning("selection relaxed: %s", picked.selection.choice.reason)
+    directions = difference(harmful, harmless, base.made.stream.transport if base.made else None)
+    return FoundDirection(picked.unit, directions, picked.selection, tokens, chat, prompts)
+
+
+def _pick(
+    model: LanguageModel,
+    harmful: Mean,
+    harmless: Mean,
+    data: Validation,
+    recipe: SelectionRecipe,
+    progress: Progress,
+    stages: Stages,
+) -> _Picked:
+    """Measures the candidates, and picks one."""
+    if model.stream.unreached:
+        log.warning("scores leave out %s, whose output no hook reaches", ", ".join(model.stream.unreached[:3]))
+    directions = difference(harmful, harmless, model.stream.transport)
     sheet = ScoreSheet(model, directions, data)
-    selection = choose_direction(sheet, thresholds_of(recipe.selection), recipe.selection.exhaustive, progress)
+    selection = choose_direction(sheet, thresholds_of(recipe), recipe.exhaustive, progress, stages)
     pick = selection.choice.pick
-    if selection.choice.relaxed:
-        log.warning("selection relaxed: %s", selection.choice.reason)
-    unit = directions.unit(pick.position, pick.layer)
-    return FoundDirection(unit, directions, selection, tokens, chat, prompts)
+    return _Picked(selection, directions.unit(pick.position, pick.layer))
 
 
 def positions_of(chat: ChatFormat, recipe: Recipe) -> int:
@@ -146,8 +185,8 @@ def find_direction(
     chat = chat_format(tokenizer, recipe.calibration, options.template, options.system_prompt)
     plan = subject.plan
     tied = plan.shares_edit and (recipe.edit.head == "tied" or plan.untying is None)
-    loaded = load_model(subject, options, tied_head=tied, tokenizer=tokenizer)
-    found = find_in(loaded, chat, prompts, recipe, options.progress)
+    base = Once(lambda: load_model(subject, options, tied_head=tied, tokenizer=tokenizer))
+    found = find_in(base, chat, prompts, recipe, options.progress)
     if out is not None:
         write_file(Path(out), found.file_bytes())
     return found

@@ -1,29 +1,22 @@
-"""The output folder: made aside under a hidden name on the same file system, and renamed when it is whole."""
+"""The output folder: made aside, in a work folder on the same file system, and renamed when it is whole."""
 
 import contextlib
-import fcntl
 import logging
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from abliterate.checkpoint.carry import carry_over, update_config
 from abliterate.checkpoint.diskio import FULL, sync
-from abliterate.checkpoint.files import CONFIG
+from abliterate.checkpoint.target import check_contents, check_target, failed, resolved
+from abliterate.checkpoint.workfolder import WorkFolder, held
 from abliterate.errors import OutputError
 
-__all__ = ["Staging", "carry_over", "check_target", "staged", "update_config"]
+__all__ = ["Staging", "check_target", "staged"]
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "abliteration.json"
-FAILED = ".failed"
-OLD = ".old"
 
 
 @dataclass
@@ -31,16 +24,21 @@ class Staging:
     """A folder on its way to OUT.
 
     Attributes:
-        folder: where to write.
-        out: what it becomes, with links resolved.
-        overwrite: a checkpoint that is there by then is replaced.
+        work: the work folder around it.
+        overwrite: a checkpoint that is at OUT by then is replaced.
+        kept: unless it was published, the work folder stays for the next run; at first, where one was found.
         published: what it became; None until then.
     """
 
-    folder: Path
-    out: Path
+    work: WorkFolder
     overwrite: bool
+    kept: bool
     published: Path | None = field(default=None, init=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where to write."""
+        return self.work.new
 
     def publish(self) -> Path:
         """Makes the folder OUT, in place of whatever `staged` was allowed to replace; returns OUT.
@@ -48,7 +46,7 @@ class Staging:
         Raises:
             OutputError: it could not be renamed, or OUT came to be meanwhile; OUT is as it was before.
         """
-        return self._become(self.out, self.overwrite)
+        return self._become(self.work.out, self.overwrite)
 
     def publish_failed(self) -> Path:
         """Makes the folder OUT.failed, in place of an earlier one; OUT stays as it was. Returns OUT.failed.
@@ -56,7 +54,7 @@ class Staging:
         Raises:
             OutputError: it could not be renamed.
         """
-        return self._become(_failed(self.out), True)
+        return self._become(failed(self.work.out), True)
 
     def _become(self, target: Path, overwrite: bool) -> Path:
         with _writing(target):
@@ -64,11 +62,10 @@ class Staging:
                 for name in names:
                     sync(Path(parent) / name)
                 sync(Path(parent))
-            aside = self.folder.with_name(f"{self.folder.name}{OLD}{FAILED if target != self.out else ''}")
-            _check_contents(target, target, overwrite)
-            self._swap(target, aside)
+            check_contents(target, target, overwrite)
+            self._swap(target, self.work.aside(target))
+            sync(self.work.path)
             sync(target.parent)
-        shutil.rmtree(aside, ignore_errors=True)
         return target
 
     def _swap(self, target: Path, aside: Path) -> None:
@@ -84,31 +81,11 @@ class Staging:
             raise
 
 
-def check_target(out: Path, *, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Whether OUT may be made, without touching anything.
-
-    Args:
-        out: the folder to make.
-        overwrite: it may hold a checkpoint, which is then replaced. Anything else is never removed.
-        inputs: folders that are read; neither they nor OUT may lie inside the other.
-
-    Raises:
-        OutputError: saying what is in the way.
-    """
-    place = _resolved(out)
-    for path in inputs:
-        _check_apart(out, place, path.resolve())
-    try:
-        _check_free(out, place, overwrite)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be used as OUT ({error.strerror}); choose another one") from error
-
-
 @contextmanager
 def staged(out: Path, *, overwrite: bool, inputs: Sequence[Path]) -> Iterator[Staging]:
-    """Yields a hidden folder beside OUT, which is removed unless it was published, whatever happens.
+    """Yields a folder in the work folder beside OUT, which is removed in the end unless it is to be kept.
 
-    What a killed run left behind is removed first, and an OUT that it had moved aside is put back.
+    What a killed run had moved aside is put back first, and what a finished one left is removed.
 
     Args:
         out: the folder to make.
@@ -116,91 +93,67 @@ def staged(out: Path, *, overwrite: bool, inputs: Sequence[Path]) -> Iterator[St
         inputs: folders that are read.
 
     Raises:
-        OutputError: see `check_target`; or the place cannot be written to.
+        OutputError: see `check_target`; another run is writing OUT; or the place cannot be written to.
     """
-    place = _resolved(out)
-    with _writing(place):
-        _recover(place)
-    check_target(out, overwrite=overwrite, inputs=inputs)
+    work = WorkFolder.of(resolved(out))
+    if not os.access(work.path, os.F_OK):
+        check_target(out, overwrite=overwrite, inputs=inputs)
     with contextlib.ExitStack() as stack:
-        with _writing(place):
-            staging = _stage(place, overwrite, stack)
+        with _writing(work.out):
+            staging = _stage(work, overwrite, stack)
+        check_target(out, overwrite=overwrite, inputs=inputs)
+        with _writing(work.out):
+            staging.folder.mkdir(exist_ok=True)
+            work.stages.mkdir(exist_ok=True)
         try:
             yield staging
         except OSError as error:
-            if error.errno in FULL or _names(error, staging.folder):
-                raise OutputError(f"{place} cannot be written ({error.strerror}); free space or mend that") from error
+            if error.errno in FULL or _names(error, work.path):
+                raise OutputError(
+                    f"{work.out} cannot be written ({error.strerror}); free space or mend that"
+                ) from error
             raise
 
 
-def _stage(place: Path, overwrite: bool, stack: contextlib.ExitStack) -> Staging:
-    """Makes the hidden folder; what is made here is unmade when the stack is closed."""
-    for parent in _missing_parents(place):
+def _stage(work: WorkFolder, overwrite: bool, stack: contextlib.ExitStack) -> Staging:
+    """Takes the work folder; what is made here is unmade when the stack is closed."""
+    for parent in [parent for parent in reversed(work.out.parents) if not parent.exists()]:
         parent.mkdir()
         stack.callback(_remove_if_empty, parent)
-    staging = Staging(place.with_name(f"{_prefix(place)}{secrets.token_hex(4)}"), place, overwrite)
-    stack.callback(_discard, staging)
-    staging.folder.mkdir()
-    stack.enter_context(_locked(staging.folder))
+    stack.enter_context(held(work))
+    staging = Staging(work, overwrite, kept=False)
+    stack.callback(_leave, staging)
+    for target in (work.out, failed(work.out)):
+        _put_back(work, target)
+    staging.kept = work.unfinished
+    if not staging.kept:
+        if work.journal.exists():
+            log.warning("%s is what a run left that was killed after it had finished: it is removed", work.path)
+        work.clear()
     return staging
+
+
+def _put_back(work: WorkFolder, target: Path) -> None:
+    """An OUT that was moved aside by a run that was killed before it had another in its place."""
+    aside = work.aside(target)
+    if not aside.exists():
+        return
+    if target.exists():
+        log.warning("%s was replaced by a run that was killed before it had removed the old one: it is removed", target)
+        shutil.rmtree(aside)
+    else:
+        log.warning("%s was moved aside by a run that was killed: it is put back", target)
+        aside.rename(target)
+
+
+def _leave(staging: Staging) -> None:
+    if staging.published is not None or not staging.kept:
+        staging.work.remove()
 
 
 def _names(error: OSError, folder: Path) -> bool:
     """Whether the error is about a file inside the folder."""
     return isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(folder)
-
-
-def _resolved(out: Path) -> Path:
-    try:
-        return out.resolve()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise OutputError(f"{str(out)[:200]!a} cannot be used as OUT ({error}); choose another one") from error
-
-
-def _check_apart(out: Path, place: Path, source: Path) -> None:
-    if place == source:
-        raise OutputError(f"OUT ({out}) is the checkpoint that is read; choose another OUT")
-    if place.is_relative_to(source):
-        raise OutputError(f"OUT ({out}) lies inside the checkpoint that is read ({source}); choose another OUT")
-    if source.is_relative_to(place):
-        raise OutputError(f"the checkpoint that is read ({source}) lies inside OUT ({out}); choose another OUT")
-    if source.is_relative_to(_failed(place)):
-        raise OutputError(f"the checkpoint that is read ({source}) is where a failed OUT would go; choose another OUT")
-
-
-def _check_free(out: Path, place: Path, overwrite: bool) -> None:
-    if place.is_mount() or place == place.parent:
-        raise OutputError(f"{out} is a mount point, which cannot be replaced as a whole; choose a folder inside it")
-    for path in (place, _failed(place)):
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path} is a file; OUT names a folder to make: choose another OUT")
-    parent = next(parent for parent in place.parents if parent.exists())
-    if not parent.is_dir():
-        raise OutputError(f"{parent} is a file, so {out} cannot be made in it; choose another OUT")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} cannot be written to; choose another OUT")
-    _check_contents(out, place, overwrite)
-    _check_contents(_failed(place), _failed(place), True)
-
-
-def _check_contents(shown: Path, place: Path, overwrite: bool) -> None:
-    """Only a checkpoint is ever removed: `--overwrite` on a mistyped name must not cost a home folder."""
-    if not place.exists() or not any(place.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"{shown} is not empty; choose another OUT, or replace it with --overwrite")
-    if not any((place / name).is_file() for name in (CONFIG, MANIFEST)):
-        raise OutputError(
-            f"{place} holds no checkpoint, so it is not replaced; remove it yourself or choose another OUT"
-        )
-
-
-def _failed(place: Path) -> Path:
-    return place.with_name(place.name + FAILED)
-
-
-def _prefix(place: Path) -> str:
-    return f".{place.name}.abliterate-"
 
 
 @contextmanager
@@ -211,61 +164,6 @@ def _writing(place: Path) -> Iterator[None]:
         raise OutputError(f"{place} cannot be written ({error.strerror or type(error).__name__})") from error
 
 
-def _missing_parents(place: Path) -> list[Path]:
-    return [parent for parent in reversed(place.parents) if not parent.exists()]
-
-
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-def _discard(staging: Staging) -> None:
-    if staging.published is None:
-        shutil.rmtree(staging.folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Marks the folder as in use for as long as this process lives."""
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: nothing is ever recovered there
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _recover(place: Path) -> None:
-    """Cleans up after runs that were killed: no process holds their folders any more."""
-    if not place.parent.is_dir():
-        return
-    pattern = re.compile(re.escape(_prefix(place)) + r"([0-9a-f]{8})(\.old)?(\.failed)?")
-    for folder in sorted(place.parent.iterdir()):
-        found = pattern.fullmatch(folder.name)
-        if not found or folder.is_symlink() or _in_use(folder.with_name(_prefix(place) + found[1])):
-            continue
-        target = place.with_name(place.name + (found[3] or ""))
-        if found[2] and not target.exists():
-            log.warning("%s was moved aside by a run that was killed: it is put back", target)
-            folder.rename(target)
-        else:
-            log.warning("%s is what a killed run left: it is removed", folder)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _in_use(folder: Path) -> bool:
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False

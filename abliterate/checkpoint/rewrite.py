@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,16 +95,20 @@ def rewrite_checkpoint(
     copies: Sequence[TensorCopy] = (),
     progress: Progress = SILENT,
     hash_files: bool = True,
+    done: Callable[[ShardRecord], None] | None = None,
+    skip: Mapping[str, ShardRecord] | None = None,
 ) -> tuple[ShardRecord, ...]:
     """Writes every shard, and the index, into the folder `out`; each file has its name only when it is whole.
 
     Args:
         checkpoint: what to read.
-        out: an existing folder without files of those names.
+        out: an existing folder without files of those names, but for shards to skip.
         edits: by tensor; every other tensor is copied byte for byte.
         copies: tensors to add, each at the end of the shard that holds its source.
         progress: counts bytes read for measuring and bytes written.
         hash_files: take sha256 of every shard, in and out, along the way.
+        done: called with every shard's record as soon as it has its final name.
+        skip: records of shards, by name, that are in `out` already and are not written again.
 
     Returns:
         One record a shard, in the order of `checkpoint.shards`.
@@ -117,16 +121,23 @@ def rewrite_checkpoint(
     """
     _check_edits(checkpoint, edits)
     check_copies(checkpoint, copies)
-    needed = checkpoint.nbytes + sum(checkpoint.tensors[copy.source].nbytes for copy in copies)
-    measured = sum(edit.passes * checkpoint.tensors[name].nbytes for name, edit in edits.items())
+    records = dict(skip or {})
+    shards = [shard for shard in checkpoint.shards if shard.path.name not in records]
+    held = {name for shard in shards for name in shard.tensors}
+    needed = sum(shard.file_size for shard in shards)
+    needed += sum(checkpoint.tensors[copy.source].nbytes for copy in copies if copy.source in held)
+    measured = sum(edit.passes * checkpoint.tensors[name].nbytes for name, edit in edits.items() if name in held)
     with disk_errors(out, needed), progress.bar("rewrite", needed + measured, "B") as advance:
         check_space(out, needed)
-        jobs = [_job(shard, edits, copies, advance, hash_files) for shard in checkpoint.shards]
-        records = tuple(_write_shard(job, out / job.source.path.name) for job in jobs)
+        for job in [_job(shard, edits, copies, advance, hash_files) for shard in shards]:
+            name = job.source.path.name
+            records[name] = _write_shard(job, out / name)
+            if done is not None:
+                done(records[name])
         if checkpoint.index is not None:
             _write_index(extended_index(checkpoint, checkpoint.index, copies), out / checkpoint.index.name)
         sync(out)
-    return records
+    return tuple(records[shard.path.name] for shard in checkpoint.shards)
 
 
 def _check_edits(checkpoint: Checkpoint, edits: Mapping[str, TensorEdit]) -> None:

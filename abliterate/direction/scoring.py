@@ -25,6 +25,17 @@ class Validation:
     refusal_tokens: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """All that a sheet has measured so far; see `ScoreSheet`."""
+
+    bypass: dict[Key, list[float]]
+    induce: dict[Key, list[float]]
+    kl: dict[Key, list[float]]
+    passes: int
+    base: tuple[Tensor, list[float]] | None
+
+
 @dataclass
 class ScoreSheet:
     """Scores of (position, layer) candidates, one a prompt, filled in as rounds need them.
@@ -42,6 +53,15 @@ class ScoreSheet:
     kl: dict[Key, list[float]] = field(default_factory=dict)
     passes: int = 0
     _base: tuple[Tensor, list[float]] | None = None
+
+    def scores(self) -> Scores:
+        """What was measured so far, to be stored."""
+        return Scores(self.bypass, self.induce, self.kl, self.passes, self._base)
+
+    def restore(self, scores: Scores) -> None:
+        """Goes on from there."""
+        self.bypass, self.induce, self.kl, self.passes = scores.bypass, scores.induce, scores.kl, scores.passes
+        self._base = scores.base and (scores.base[0].to(self.model.device), scores.base[1])
 
     def baseline(self, progress: Progress = SILENT) -> Tensor:
         """Logits [harmless prompts, vocabulary] of the untouched model."""

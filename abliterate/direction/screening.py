@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from abliterate.direction.firstorder import first_order_bypass
-from abliterate.direction.scoring import Key, ScoreSheet
+from abliterate.direction.scoring import Key, Scores, ScoreSheet
 from abliterate.direction.selection import Candidate, Choice, Thresholds, layer_allowed, select
 from abliterate.progress import SILENT, Progress
+from abliterate.stages import NO_STAGES, Stages
 
 log = logging.getLogger(__name__)
 # (share of the validation prompts, share of the eligible candidates that goes into the round)
@@ -41,9 +42,16 @@ class Selection:
 
 
 def choose_direction(
-    sheet: ScoreSheet, thresholds: Thresholds, exhaustive: bool = False, progress: Progress = SILENT
+    sheet: ScoreSheet,
+    thresholds: Thresholds,
+    exhaustive: bool = False,
+    progress: Progress = SILENT,
+    stages: Stages = NO_STAGES,
 ) -> Selection:
     """Measures the candidates and applies the rule.
+
+    Args:
+        stages: keeps every round that was measured.
 
     Raises:
         SelectionError: nothing passes and nothing may be relaxed.
@@ -52,8 +60,8 @@ def choose_direction(
     grid = [(p, layer) for p in range(-positions, 0) for layer in range(layers)]
     eligible = [key for key in grid if layer_allowed(key[1], layers, thresholds)]
     each = len(sheet.data.harmful) + 2 * len(sheet.data.harmless)
-    finalists = eligible if exhaustive else _screen(sheet, eligible, thresholds, progress)
-    sheet.measure(finalists, _most(sheet), progress)
+    finalists = eligible if exhaustive else _screen(sheet, eligible, thresholds, progress, stages)
+    _measure(sheet, finalists, _most(sheet), progress, stages, "finalists")
     complete = set(finalists)
     choice = select(
         [sheet.candidate(key) if key in complete else _unfinished(sheet.candidate(key)) for key in grid],
@@ -70,23 +78,39 @@ def _most(sheet: ScoreSheet) -> int:
     return max(len(sheet.data.harmful), len(sheet.data.harmless))
 
 
+def _measure(sheet: ScoreSheet, keys: Sequence[Key], count: int, progress: Progress, stages: Stages, name: str) -> None:
+    """All three scores on the first `count` prompts of each set; `name` is that of the round."""
+
+    def measured() -> Scores:
+        sheet.measure(keys, count, progress)
+        return sheet.scores()
+
+    sheet.restore(stages.stage(f"scores of {name}", Scores, measured))
+
+
 def _unfinished(candidate: Candidate) -> Candidate:
     """Means over a subset may not be judged beside means over all: without the induce score nothing passes."""
     return Candidate(candidate.position, candidate.layer, candidate.bypass, None, candidate.kl, candidate.prompts)
 
 
-def _screen(sheet: ScoreSheet, keys: Sequence[Key], thresholds: Thresholds, progress: Progress) -> list[Key]:
+def _screen(
+    sheet: ScoreSheet, keys: Sequence[Key], thresholds: Thresholds, progress: Progress, stages: Stages
+) -> list[Key]:
     """The finalists."""
     if len(keys) <= FINALISTS:
         return list(keys)
     units = torch.stack([sheet.directions.unit(*key) for key in keys])
-    estimate = first_order_bypass(sheet.model, sheet.data.harmful, sheet.data.refusal_tokens, units, progress)
+    estimate = stages.stage(
+        "first-order screen",
+        torch.Tensor,
+        lambda: first_order_bypass(sheet.model, sheet.data.harmful, sheet.data.refusal_tokens, units, progress),
+    )
     sheet.passes += 3 * len(sheet.data.harmful)
     ranked = [keys[i] for i in estimate.nan_to_num(math.inf).argsort().tolist()]
-    for prompts, share in ROUNDS:
+    for number, (prompts, share) in enumerate(ROUNDS, 1):
         count = math.ceil(prompts * _most(sheet))
         kept = ranked[: max(FINALISTS, math.ceil(share * len(keys)))]
-        sheet.measure(kept, count, progress)
+        _measure(sheet, kept, count, progress, stages, f"round {number}")
         ranked = _rank([sheet.candidate(key) for key in kept], thresholds)
         log.info("%d candidates on %d prompts, best %s", len(kept), count, ranked[0])
     return ranked[:FINALISTS]

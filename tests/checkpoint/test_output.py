@@ -17,6 +17,7 @@ from abliterate.checkpoint import output
 from abliterate.checkpoint.output import Staging, check_target, staged
 from abliterate.errors import OutputError
 
+WORK_NAME = ".out.abliterate-work"
 OLD, NEW = {"config.json": b"old"}, {"config.json": b"new", "sub/code.py": b"new"}
 
 
@@ -37,7 +38,7 @@ def names(folder: Path) -> list[str]:
 
 def test_out_appears_when_it_is_published(tmp_path: Path) -> None:
     with staging_for(tmp_path / "out") as staging:
-        assert staging.folder.parent == tmp_path and staging.folder.name.startswith(".out.abliterate-")
+        assert staging.folder == tmp_path / WORK_NAME / "out"
         fill(staging.folder)
         assert not (tmp_path / "out").exists()
         assert staging.publish() == staging.published == tmp_path / "out"
@@ -163,7 +164,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     fill(tmp_path / "real" / "out", OLD)
     (tmp_path / "link").symlink_to("real/out")
     with staging_for(tmp_path / "link", overwrite=True) as staging:
-        assert staging.folder.parent == tmp_path / "real"
+        assert staging.work.path == tmp_path / "real" / WORK_NAME
         fill(staging.folder)
         staging.publish()
     assert (tmp_path / "link").is_symlink() and names(tmp_path / "real") == ["out"]
@@ -257,7 +258,7 @@ def test_publishing_that_fails_leaves_what_was_there(
         raise raised
 
     def moved(path: Path, target: Path) -> Path:
-        if (path.name == "out") == (step == "move aside") and not path.name.endswith(".old"):
+        if (path.parent == tmp_path) == (step == "move aside") and path.name == "out":
             raise raised
         return rename(path, target)
 
@@ -272,35 +273,65 @@ def test_publishing_that_fails_leaves_what_was_there(
     assert names(tmp_path) == ["out"] and snapshot(tmp_path / "out") == OLD
 
 
-def leave(tmp_path: Path, suffix: str = "", name: str = "out", token: str = "0123abcd") -> Path:
-    """What a killed run leaves."""
-    return fill(tmp_path / f".{name}.abliterate-{token}{suffix}", OLD)
+def leave(tmp_path: Path, *, journal: bool = True, new: bool = True, **aside: dict[str, bytes]) -> Path:
+    """What a killed run leaves: with `new`, it had not published; `aside`, what it had moved aside."""
+    work = tmp_path / WORK_NAME
+    fill(work, {"lock": b"1 elsewhere\n"} | ({"journal.json": b"{}"} if journal else {}))
+    if new:
+        fill(work / "out", NEW)
+    for name, files in aside.items():
+        fill(work / name.replace("_", "."), files)
+    return work
 
 
-def test_what_killed_runs_left_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    leave(tmp_path)
-    leave(tmp_path, token="fedc9876")
-    kept = [leave(tmp_path, name="other"), leave(tmp_path, token="0123ABCD"), leave(tmp_path, suffix=".mine")]
+def test_what_a_run_left_that_had_finished_something_is_kept(tmp_path: Path) -> None:
+    work = leave(tmp_path)
     with staging_for(tmp_path / "out") as staging:
-        assert names(tmp_path) == sorted([staging.folder.name, *(path.name for path in kept)])
-    assert len(caplog.messages) == 2
-    assert all(message.endswith("is what a killed run left: it is removed") for message in caplog.messages)
+        assert staging.kept and snapshot(staging.folder) == NEW
+    assert snapshot(work)["journal.json"] == b"{}" and names(tmp_path) == [WORK_NAME]
 
 
-@pytest.mark.parametrize("suffix", ["", ".failed"])
-def test_what_a_killed_run_moved_aside_is_put_back(
-    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    leave(tmp_path, f".old{suffix}")
-    fill(tmp_path / ".out.abliterate-0123abcd")
-    with staging_for(tmp_path / "out", overwrite=True):
-        assert snapshot(tmp_path / f"out{suffix}") == OLD
-    assert names(tmp_path) == [f"out{suffix}"]
+def test_it_goes_when_it_is_not_to_be_kept(tmp_path: Path) -> None:
+    leave(tmp_path)
+    with staging_for(tmp_path / "out") as staging:
+        staging.kept = False
+    assert names(tmp_path) == []
+
+
+def test_what_a_run_left_that_had_finished_nothing_is_removed(tmp_path: Path) -> None:
+    leave(tmp_path, journal=False)
+    with staging_for(tmp_path / "out") as staging:
+        assert not staging.kept and names(staging.folder) == []
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_run_left_that_had_published(tmp_path: Path, overwrite: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """It was killed before it could clean up: OUT is there, and so is the work folder without what became OUT."""
+    leave(tmp_path, new=False)
+    fill(tmp_path / "out")
+    if overwrite:
+        with staging_for(tmp_path / "out", overwrite=True) as staging:
+            assert not staging.kept and names(staging.folder) == []
+    else:
+        with pytest.raises(OutputError, match="is not empty"), staging_for(tmp_path / "out"):
+            pass
+    assert names(tmp_path) == ["out"] and snapshot(tmp_path / "out") == NEW
+    assert "killed after it had finished: it is removed" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["out", "out.failed"])
+def test_what_a_killed_run_moved_aside_is_put_back(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    leave(tmp_path, **{name.replace("out", "old").replace(".", "_"): OLD})
+    with staging_for(tmp_path / "out", overwrite=True) as staging:
+        assert snapshot(tmp_path / name) == OLD and snapshot(staging.folder) == NEW
+        staging.kept = False
+    assert names(tmp_path) == [name] and snapshot(tmp_path / name) == OLD
     assert "moved aside by a run that was killed: it is put back" in caplog.text
 
 
-def test_what_was_moved_aside_by_a_run_that_ended_is_removed(tmp_path: Path) -> None:
-    leave(tmp_path, ".old")
+def test_what_was_moved_aside_by_a_run_that_published_is_removed(tmp_path: Path) -> None:
+    leave(tmp_path, new=False, old=OLD)
     fill(tmp_path / "out")
     with staging_for(tmp_path / "out", overwrite=True):
         pass
@@ -308,19 +339,83 @@ def test_what_was_moved_aside_by_a_run_that_ended_is_removed(tmp_path: Path) -> 
 
 
 def test_without_overwriting_what_is_put_back_is_in_the_way(tmp_path: Path) -> None:
-    leave(tmp_path, ".old")
+    leave(tmp_path, old=OLD)
     with pytest.raises(OutputError, match="is not empty"), staging_for(tmp_path / "out"):
         pass
-    assert names(tmp_path) == ["out"] and snapshot(tmp_path / "out") == OLD
+    assert names(tmp_path) == [WORK_NAME, "out"] and snapshot(tmp_path / "out") == OLD
 
 
-def test_links_with_such_names_are_left_alone(tmp_path: Path) -> None:
+def test_a_link_with_such_a_name_is_left_alone(tmp_path: Path) -> None:
     fill(tmp_path / "mine", OLD)
-    (tmp_path / ".out.abliterate-0123abcd").symlink_to("mine")
-    with staging_for(tmp_path / "out"):
+    (tmp_path / WORK_NAME).symlink_to("mine")
+    with pytest.raises(OutputError, match="is a link, and no work folder"), staging_for(tmp_path / "out"):
         pass
     assert snapshot(tmp_path / "mine") == OLD
 
+
+STEPS = ("before", "moved in", "before cleaning", "while cleaning", "after")
+
+
+@pytest.mark.parametrize(
+    ("step", "overwrite"), [*((step, over) for step in STEPS for over in (False, True)), ("moved aside", True)]
+)
+def test_killed_between_any_two_steps_of_publishing(tmp_path: Path, step: str, overwrite: bool) -> None:
+    """A process of its own ends there; the next run has the old OUT or the new one, and loses nothing."""
+    if overwrite:
+        fill(tmp_path / "out", OLD)
+    code = PUBLISH.format(out=str(tmp_path / "out"), step=step, overwrite=overwrite)
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == (0 if step == "after" else 9)
+    seen = snapshot(tmp_path / "out") if (tmp_path / "out").exists() else None
+    assert seen in {"before": [OLD if overwrite else None], "moved aside": [None]}.get(step, [NEW])
+    unfinished = step in ("before", "moved aside") and (overwrite or step == "before")
+    if unfinished or overwrite:
+        with staging_for(tmp_path / "out", overwrite) as staging:
+            assert staging.kept == unfinished
+            assert snapshot(staging.folder) == (NEW if unfinished else {})
+            assert not overwrite or snapshot(tmp_path / "out") == (OLD if unfinished else NEW)
+            fill(staging.folder)
+            staging.publish()
+    else:
+        with pytest.raises(OutputError, match="is not empty"), staging_for(tmp_path / "out"):
+            pass
+    assert names(tmp_path) == ["out"] and snapshot(tmp_path / "out") == NEW
+
+
+PUBLISH = """
+import os
+from pathlib import Path
+from abliterate.checkpoint import output
+from abliterate.checkpoint.output import staged
+from abliterate.checkpoint.workfolder import WorkFolder
+
+out, step = Path({out!r}), {step!r}
+real_rename, real_remove, real_clear = Path.rename, WorkFolder.remove, WorkFolder.clear
+
+def rename(path, target):
+    result = real_rename(path, target)
+    if step == ("moved aside" if path == out else "moved in"):
+        os._exit(9)
+    return result
+
+def remove(work):
+    if step == "before cleaning":
+        os._exit(9)
+    if step == "while cleaning":
+        real_clear(work)
+        os._exit(9)
+    real_remove(work)
+
+Path.rename, WorkFolder.remove = rename, remove
+with staged(out, overwrite={overwrite}, inputs=[]) as staging:
+    for name in ("config.json", "sub/code.py"):
+        (staging.folder / name).parent.mkdir(exist_ok=True)
+        (staging.folder / name).write_bytes(b"new")
+    staging.work.journal.write_text("{{}}")
+    if step == "before":
+        os._exit(9)
+    staging.publish()
+"""
 
 WORK = """
 import sys, time
@@ -345,27 +440,27 @@ def other_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_two_runs_at_once(tmp_path: Path, other_run: subprocess.Popen[str]) -> None:
-    """Neither touches the other's folder; who ends first has OUT, and the other is told."""
+def test_the_second_of_two_runs_is_told(tmp_path: Path, other_run: subprocess.Popen[str]) -> None:
     assert other_run.stdout is not None
-    theirs = other_run.stdout.readline().strip()
-    with pytest.raises(OutputError, match="is not empty"), staging_for(tmp_path / "out") as staging:
-        assert (tmp_path / theirs / "config.json").is_file() and theirs != staging.folder.name
-        fill(staging.folder)
-        other_run.communicate("go on\n", timeout=60)
-        assert other_run.returncode == 0
-        staging.publish()
+    other_run.stdout.readline()
+    before = snapshot(tmp_path)
+    told = rf"another run \(process {other_run.pid} on .+\) is writing .*out; wait for it, or choose another OUT"
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=told), staging_for(tmp_path / "out", overwrite):
+            pass
+    assert snapshot(tmp_path) == before
+    other_run.communicate("go on\n", timeout=60)
+    assert other_run.returncode == 0
     assert names(tmp_path) == ["out"] and snapshot(tmp_path / "out") == {"config.json": b"theirs"}
 
 
-def test_after_a_kill_the_next_run_cleans_up(tmp_path: Path, other_run: subprocess.Popen[str]) -> None:
+def test_after_a_kill_the_next_run_has_the_folder(tmp_path: Path, other_run: subprocess.Popen[str]) -> None:
     assert other_run.stdout is not None
-    theirs = other_run.stdout.readline().strip()
+    other_run.stdout.readline()
     other_run.send_signal(signal.SIGKILL)
     other_run.wait()
-    assert names(tmp_path) == [theirs]
+    assert names(tmp_path) == [WORK_NAME]
     with staging_for(tmp_path / "out") as staging:
-        assert names(tmp_path) == [staging.folder.name]
         fill(staging.folder)
         staging.publish()
-    assert names(tmp_path) == ["out"]
+    assert names(tmp_path) == ["out"] and snapshot(tmp_path / "out") == NEW
