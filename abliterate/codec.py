@@ -23,6 +23,10 @@ _SERIES: Mapping[Any, type] = {tuple: tuple, list: list, Sequence: list}
 _UNIONS = (typing.Union, types.UnionType)
 
 
+class KindError(TypeError):
+    """Values of that type are not stored."""
+
+
 class CodecError(ValueError):
     """The bytes do not hold a value of that type."""
 
@@ -31,7 +35,7 @@ def encode(value: Any) -> bytes:
     """A safetensors file: the tensors, and in its metadata all else as JSON.
 
     Raises:
-        TypeError: something in the value is of a kind that is not known.
+        KindError: something in the value is of a kind that is not known.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_plain(value, tensors))
@@ -47,13 +51,15 @@ def decode(kind: Any, content: bytes) -> Any:
 
     Raises:
         CodecError: the bytes hold no such value.
-        TypeError: the type is not known.
+        KindError: the type is not known.
     """
     end = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     try:
         tree = json.loads(json.loads(content[LENGTH_BYTES:end])["__metadata__"][KEY])
         return _typed(kind, tree, load(content))
-    except (SafetensorError, ValueError, LookupError, AttributeError, RecursionError) as error:
+    except KindError:
+        raise
+    except (SafetensorError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise CodecError(f"no {kind}: {error}") from error
 
 
@@ -74,7 +80,7 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_plain(item, tensors) for item in value]
     if type(value) in _SIMPLE:
         return value
-    raise TypeError(f"{type(value).__name__} is not stored")
+    raise KindError(f"{type(value).__name__} is not stored")
 
 
 def _typed(kind: Any, tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -97,7 +103,7 @@ def _typed(kind: Any, tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tree if kind is float and type(tree) is int else _kept(tree, kind)
     if kind is Any:
         return tree
-    raise TypeError(f"{kind} is not stored")
+    raise KindError(f"{kind} is not stored")
 
 
 def _series(origin: Any, of: Sequence[Any], items: Sequence[Any], tensors: Mapping[str, Tensor]) -> Any:

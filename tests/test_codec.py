@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -135,6 +135,7 @@ def test_types_that_are_not_known(kind: Any) -> None:
     [
         ("x", int), (1, str), (1.0, int), (True, int), (1, bool), (None, int), ([1], int),
         ((1, 2), tuple[int, int, int]),
+        ([1], dict[int, int]), ([1], Tensor),
         ({"number": 1.0}, Inner), ([1], Inner), (3, Tensor), ("0", Tensor), ([[1]], dict[int, int]), (1, list[int]),
     ],
 )  # fmt: skip
@@ -144,6 +145,8 @@ def test_another_type_is_told(value: object, kind: Any) -> None:
 
 
 @given(st.binary(max_size=64))
+@example(b"\0" * 8 + b"10")
+@example(b"\0" * 8)
 def test_bytes_that_nobody_wrote(content: bytes) -> None:
     with pytest.raises(CodecError):
         decode(Outer, content)
