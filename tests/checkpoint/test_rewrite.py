@@ -19,7 +19,7 @@ from picocheckpoint import CONFIG, DTYPES, Scaled, snapshot, tensors, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from abliterate.checkpoint import hashing, rewrite
+from abliterate.checkpoint import shard
 from abliterate.checkpoint.files import open_checkpoint
 from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.rewrite import ShardRecord, TensorCopy, TensorEdit, rewrite_checkpoint
@@ -80,7 +80,7 @@ def test_only_edited_tensors_change(tmp_path: Path, shards: int, passes: int) ->
 
 
 def test_edits_see_rows_in_order_and_the_stored_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrite, "EDIT_BYTES", 60)
+    monkeypatch.setattr(shard, "EDIT_BYTES", 60)
     base = write(tmp_path / "m")
     edit = Scaled(passes=2)
     run(base, {OUT_WEIGHT: edit})
@@ -91,9 +91,8 @@ def test_edits_see_rows_in_order_and_the_stored_values(tmp_path: Path, monkeypat
 
 
 def test_records_hold_the_hashes_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "STEP_BYTES", 16)
-    monkeypatch.setattr(rewrite, "COPY_BYTES", 32)
-    monkeypatch.setattr(rewrite, "EDIT_BYTES", 32)
+    monkeypatch.setattr(shard, "COPY_BYTES", 32)
+    monkeypatch.setattr(shard, "EDIT_BYTES", 32)
     base = write(tmp_path / "m", 2)
     for record in run(base, {OUT_WEIGHT: Scaled(1)}):
         before, after = (folder / record.name for folder in (base, tmp_path / "out"))
@@ -325,8 +324,8 @@ def test_any_checkpoint(tmp_path: Path, made: dict[str, tuple[list[int], torch.d
         folder.mkdir()
     save_file(stored, with_config(base) / "model.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("EDIT_BYTES", "COPY_BYTES"):
-            patch.setattr(rewrite, name, data.draw(st.integers(1, 80)))
+        for name in ("EDIT_BYTES", "COPY_BYTES", "APART_BYTES"):
+            patch.setattr(shard, name, data.draw(st.integers(1, 80)))
         edits = {name: Scaled(data.draw(st.integers(0, 1))) for name in edited}
         (record,) = rewrite_checkpoint(open_checkpoint(base), out, edits)
     result = loaded(out)
