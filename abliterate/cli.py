@@ -71,6 +71,7 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @inexact_option
 @click.option("--no-evaluate", is_flag=True, help="Leave out the evaluation before and after.")
+@click.option("--no-hash", is_flag=True, help="Leave out sha256 of the weights; `verify` cannot compare them then.")
 @json_option
 @voice_options
 def convert(
@@ -191,9 +192,10 @@ def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any)
     )
     record = certificate_record(result.certificate)
     if as_json:
-        _echo_json({"holds": result.holds, "mismatches": list(result.mismatches), "certificate": record})
+        files = {"hashed": result.hashed, "mismatches": list(result.mismatches)}
+        _echo_json({"holds": result.holds, **files, "certificate": record})
     elif not given["quiet"]:
-        print_certificate(record, result.mismatches, result.manifest)
+        print_certificate(record, result.mismatches, result.manifest, result.hashed)
     if result.mismatches:
         raise AbliterateError(f"files differ from the manifest: {', '.join(result.mismatches)}")
     if not result.holds:
@@ -268,6 +270,7 @@ def _run_options(given: Mapping[str, Any]) -> Any:
     names = ("device", "dtype", "batch_size", "seed", "trust_remote_code", "template", "system_prompt")
     _set_up_logging(given)
     chosen = {name: given[name] for name in names} | {"inexact": given.get("inexact", False)}
+    chosen["hash_files"] = not given.get("no_hash", False)
     return RunOptions(**chosen, progress=Progress(False if given["quiet"] else None))
 
 

@@ -170,7 +170,8 @@ def write_edited(job: Job, findings: BaseFindings, folder: Path) -> Written:
     untie = unties(job)
     edits = build_edits(checkpoint, plan, findings.direction, job.recipe.edit.strength, untie)
     copies = [TensorCopy(source, target) for source, target in plan.untying or ()] if untie else []
-    shards = rewrite_checkpoint(checkpoint, folder, edits, copies, progress=job.options.progress)
+    options = job.options
+    shards = rewrite_checkpoint(checkpoint, folder, edits, copies, options.progress, options.hash_files)
     files = carry_over(checkpoint, folder)
     changes = dict.fromkeys(plan.tied_flags, False) if untie else {}
     if changes:

@@ -36,6 +36,7 @@ class RunOptions:
         inexact: also convert where no direction is exact, without a claim.
         template: built-in chat template or Jinja file; None takes the model's own.
         system_prompt: None leaves it to the template.
+        hash_files: take sha256 of weights that are read and written.
     """
 
     device: str = "auto"
@@ -46,6 +47,7 @@ class RunOptions:
     inexact: bool = False
     template: str | None = None
     system_prompt: str | None = None
+    hash_files: bool = True
     progress: Progress = field(default=SILENT, compare=False)
 
 

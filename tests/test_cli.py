@@ -24,7 +24,9 @@ from tests.commandline import names, run, run_here, snapshot, start
 COMMON = {"--device", "--dtype", "--batch-size", "--seed", "--trust-remote-code", "--json", "-v", "-q", "--revision"}
 PROMPTS = {"--recipe", "--harmful", "--harmless", "--system-prompt", "--template"}
 OPTIONS = {
-    "convert": COMMON | PROMPTS | {"--direction", "--dry-run", "--overwrite", "--no-evaluate", "--exhaustive"},
+    "convert": COMMON
+    | PROMPTS
+    | {"--direction", "--dry-run", "--overwrite", "--no-evaluate", "--no-hash", "--exhaustive"},
     "direction": COMMON | PROMPTS | {"-o", "--exhaustive"},
     "plan": {"--revision", "--json", "-v", "-q"},
     "verify": COMMON | {"--direction", "--template"},

@@ -24,8 +24,8 @@ class FollowingHash:
     """
 
     def __init__(self, fd: int, path: Path, after: "FollowingHash | None" = None, shared: int = 0) -> None:
-        self._fd, self._path, self._after, self._shared = fd, path, after, shared
-        self._hash, self._done, self._ready = hashlib.sha256(), 0, 0
+        self._fd, self._path, self._after = fd, path, after
+        self._hash, self._done, self._ready = hashlib.sha256(), shared, 0
         self._whole, self._stopped = False, False
         self._fork_at, self._fork = 0, hashlib.sha256()
         self._error: AbliterateError | None = None
@@ -74,7 +74,7 @@ class FollowingHash:
     def _run(self) -> None:
         try:
             if self._after is not None:
-                self._done, self._hash = self._shared, self._after.forked()
+                self._hash = self._after.forked()
             buffer = memoryview(bytearray(BUFFER_BYTES))
             while self._next():
                 self._update(buffer)

@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from abliterate.checkpoint.crew import crew, each
 from abliterate.checkpoint.diskio import check_space, disk_errors, new_file, sync, write_all
@@ -23,7 +22,6 @@ AT_ONCE = 3
 """Shards on their way together: while one is hashed to its end or waits for the disk, others are worked on."""
 
 Done = Callable[[ShardRecord], None]
-Told = TypeVar("Told")
 
 
 def rewrite_checkpoint(
@@ -64,9 +62,9 @@ def rewrite_checkpoint(
     needed, measured = _bytes(shards, edits, copies)
     with disk_errors(out, needed), progress.bar("rewrite", needed + measured, "B") as advance:
         check_space(out, needed)
-        count = _one_by_one(advance)
+        count = _from_any_thread(advance)
         jobs = [_job(shard, edits, copies, count, hash_files) for shard in shards]
-        for record in _written(jobs, out, _one_by_one(done or _nothing)):
+        for record in _written(jobs, out, done):
             records[record.name] = record
         if checkpoint.index is not None:
             _write_index(extended_index(checkpoint, checkpoint.index, copies), out / checkpoint.index.name)
@@ -74,14 +72,17 @@ def rewrite_checkpoint(
     return tuple(record for record in records.values() if record is not None)
 
 
-def _written(jobs: Sequence[ShardJob], out: Path, done: Done) -> Iterator[ShardRecord]:
+def _written(jobs: Sequence[ShardJob], out: Path, done: Done | None) -> Iterator[ShardRecord]:
     """The shards as they are done, a few at once."""
+    lock = threading.Lock()
     with crew() as workers:
 
         def write(job: ShardJob) -> ShardRecord:
             record = write_shard(job, out / job.source.path.name, workers)
             log.info("wrote %s: %d tensors edited", record.name, record.edited)
-            done(record)
+            if done is not None:
+                with lock:
+                    done(record)
             return record
 
         yield from each(workers, AT_ONCE, write, jobs)
@@ -115,19 +116,14 @@ def _job(
     return ShardJob(shard, extended_header(shard, mine), own, mine, advance, hash_files)
 
 
-def _one_by_one(call: Callable[[Told], None]) -> Callable[[Told], None]:
-    """The same for several threads."""
+def _from_any_thread(advance: Advance) -> Advance:
     lock = threading.Lock()
 
-    def locked(told: Told) -> None:
+    def locked(amount: int = 1, /) -> None:
         with lock:
-            call(told)
+            advance(amount)
 
     return locked
-
-
-def _nothing(record: ShardRecord) -> None:
-    """Where nobody wants to be told."""
 
 
 def _write_index(content: bytes, final: Path) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from abliterate.progress import Advance
 
 EDIT_BYTES = 2 << 20
 """Of one block of a tensor that is edited in order: what the edit makes of it stays in the cache of a core."""
-APART_BYTES = 16 << 20
+APART_BYTES = 8 << 20
 """Of one block that is edited by itself: what is done once a block weighs little."""
 COPY_BYTES = 32 << 20
 """Copied by one call: often enough for progress and Ctrl-C."""
@@ -48,7 +48,7 @@ class TensorEdit(Protocol):
     def apply(self, rows: slice, block: Tensor) -> Tensor:
         """The rows as they are to be stored: same shape, same dtype, finite."""
 
-    def late(self) -> Iterator[tuple[int, Tensor]]:
+    def late(self) -> Iterable[tuple[int, Tensor]]:
         """Rows [...] that take the place of what `apply` gave for them, decided once all rows had been applied."""
 
 

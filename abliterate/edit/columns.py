@@ -21,6 +21,7 @@ class ColumnEdit:
         self._formula, self._payers = formula, formula.payers
         self._hidden, self._u = len(formula.v), formula.u.to(formula.working)[:, None]
         self._feedback = formula.feedback
+        self._suspects = torch.empty(0, dtype=torch.long)
         self._forget()
 
     def whole(self, matrix: Tensor) -> Tensor:

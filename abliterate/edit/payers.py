@@ -82,7 +82,7 @@ class Payers:
             debt: [n] fp32, what the rounding of all other rows put in along v; what is left of it afterwards.
         """
         stored, most = torch.empty_like(targets, dtype=self._dtype), self._most(targets)
-        views = [whole.split(self._sizes) for whole in (targets, stored, most, -most, self._shares, self._v)]
+        views = [torch.split(whole, self._sizes) for whole in (targets, stored, most, -most, self._shares, self._v)]
         room = torch.empty(TOGETHER, targets.shape[1])
         for target, result, up, down, share, v in zip(*views, strict=True):
             moved = room[: len(target)]
