@@ -76,6 +76,7 @@ def cli() -> None:
 @inexact_option
 @click.option("--no-evaluate", is_flag=True, help="Leave out the evaluation before and after.")
 @max_new_tokens_option
+@click.option("--no-hash", is_flag=True, help="Leave out sha256 of the weights; `verify` cannot compare them then.")
 @json_option
 @voice_options
 def convert(
@@ -206,9 +207,10 @@ def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any)
     )
     record = certificate_record(result.certificate)
     if as_json:
-        _echo_json({"holds": result.holds, "mismatches": list(result.mismatches), "certificate": record})
+        files = {"hashed": result.hashed, "mismatches": list(result.mismatches)}
+        _echo_json({"holds": result.holds, **files, "certificate": record})
     elif not given["quiet"]:
-        print_certificate(record, result.mismatches, result.manifest)
+        print_certificate(record, result.mismatches, result.manifest, result.hashed)
     if result.mismatches:
         raise AbliterateError(f"files differ from the manifest: {', '.join(result.mismatches)}")
     if not result.holds:
@@ -301,6 +303,7 @@ def _run_options(given: Mapping[str, Any]) -> Any:
     _set_up_logging(given)
     chosen = {name: given[name] for name in names} | {"inexact": given.get("inexact", False)}
     chosen["max_new_tokens"] = given.get("max_new_tokens")
+    chosen["hash_files"] = not given.get("no_hash", False)
     return RunOptions(**chosen, progress=Progress(False if given["quiet"] else None))
 
 

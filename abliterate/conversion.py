@@ -190,13 +190,15 @@ def write_edited(job: Job, findings: BaseFindings, folder: Path, journal: Journa
     untie = unties(job)
     edits = build_edits(checkpoint, plan, findings.direction, job.recipe.edit.strength, untie)
     copies = [TensorCopy(source, target) for source, target in plan.untying or ()] if untie else []
+    options = job.options
     keep_only(folder, journal.shards)
     shards = rewrite_checkpoint(
         checkpoint,
         folder,
         edits,
         copies,
-        progress=job.options.progress,
+        options.progress,
+        options.hash_files,
         done=journal.finish_shard,
         skip=journal.shards,
     )

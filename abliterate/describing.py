@@ -40,7 +40,11 @@ def describe(
         "edit": edit_record(job.subject, job.recipe, written.edit, certificate),
         "certificate": certificate_record(certificate),
         "evaluation": evaluation_record(before.evaluation, edited.evaluation) if before and edited else None,
-        "output": {"shards": output_shards(written.shards), "files": list(written.files)},
+        "output": {
+            "hashed": job.options.hash_files,
+            "shards": output_shards(written.shards),
+            "files": list(written.files),
+        },
         "warnings": warnings_of(job, findings, certificate),
         "reproduce": job.command,
     }

@@ -95,6 +95,7 @@ def command_of(subject: Subject, recipe: Recipe, direction: Path | None, options
         "--inexact": options.inexact and subject.plan.inexact is not None,
         "--trust-remote-code": options.trust_remote_code,
         "--no-evaluate": not evaluate,
+        "--no-hash": not options.hash_files,
     }
     words += [flag for flag, on in switches.items() if on]
     return shlex.join(words)

@@ -43,6 +43,7 @@ class RunOptions:
         memory: where weights are while a model runs: auto, resident, streamed, or a size (see `parse_memory`).
         scratch: folder for what outgrows memory; None takes the system's for temporary files.
         max_new_tokens: of completions in evaluations; None leaves it to the recipe.
+        hash_files: take sha256 of weights that are read and written.
     """
 
     device: str = "auto"
@@ -56,6 +57,7 @@ class RunOptions:
     memory: str = "auto"
     scratch: Path | None = field(default=None, compare=False)
     max_new_tokens: int | None = None
+    hash_files: bool = True
     progress: Progress = field(default=SILENT, compare=False)
 
 

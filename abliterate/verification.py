@@ -28,11 +28,13 @@ class Verification:
         certificate: from the files as they are now.
         mismatches: files whose bytes are not those that the manifest names; empty when there is no manifest.
         manifest: whether there was one to compare with.
+        hashed: whether it has hashes of the weights; with `--no-hash` they were left out.
     """
 
     certificate: Certificate
     mismatches: tuple[str, ...]
     manifest: bool
+    hashed: bool = True
 
     @property
     def holds(self) -> bool:
@@ -65,15 +67,22 @@ def verify(
     stream = certify_stream(subject, options, text, vector)
     certificate = assemble(subject, None, vector, text, stream, None, recorded.strength if recorded else 1.0)
     wrong = mismatches(subject.folder, recorded.hashes, options.progress) if recorded else ()
-    return Verification(certificate, wrong, recorded is not None)
+    return Verification(certificate, wrong, recorded is not None, recorded is not None and recorded.hashed)
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What the manifest says that can be held against the files: the edit's strength, and sha256 by file name."""
+    """What the manifest says that can be held against the files.
+
+    Attributes:
+        strength: of the edit.
+        hashes: sha256 by file name.
+        hashed: whether those of the weights are among them.
+    """
 
     strength: float
     hashes: Mapping[str, str]
+    hashed: bool
 
 
 def _recorded(folder: Path) -> _Recorded | None:
@@ -86,9 +95,10 @@ def _recorded(folder: Path) -> _Recorded | None:
         return None
     manifest = read_manifest(folder)
     try:
-        named = [*manifest["output"]["shards"], {"name": DIRECTION_FILE, "sha256": manifest["direction"]["sha256"]}]
+        shards = manifest["output"]["shards"]
+        named = [*shards, {"name": DIRECTION_FILE, "sha256": manifest["direction"]["sha256"]}]
         hashes = {str(item["name"]): str(item["sha256"]) for item in named if item["sha256"]}
-        return _Recorded(float(manifest["edit"]["strength"]), hashes)
+        return _Recorded(float(manifest["edit"]["strength"]), hashes, all(shard["sha256"] for shard in shards))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{folder / MANIFEST_NAME} is damaged; convert the base model again") from error
 

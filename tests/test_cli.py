@@ -24,7 +24,9 @@ from tests.commandline import names, run, run_here, snapshot, start
 COMMON = {"--device", "--dtype", "--batch-size", "--seed", "--trust-remote-code", "--json", "-v", "-q", "--revision"}
 PROMPTS = {"--recipe", "--harmful", "--harmless", "--system-prompt", "--template"}
 OPTIONS = {
-    "convert": COMMON | PROMPTS | {"--direction", "--dry-run", "--overwrite", "--no-evaluate", "--exhaustive"},
+    "convert": COMMON
+    | PROMPTS
+    | {"--direction", "--dry-run", "--overwrite", "--no-evaluate", "--no-hash", "--exhaustive"},
     "direction": COMMON | PROMPTS | {"-o", "--exhaustive"},
     "plan": {"--revision", "--json", "-v", "-q"},
     "verify": COMMON | {"--direction", "--template"},
@@ -262,3 +264,16 @@ def test_ctrl_c_waits_while_libraries_load() -> None:
         time.sleep(0.01)
         done = True
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_hashes_of_the_weights_can_be_left_out(base: Path, given_direction: tuple[str, ...], tmp_path: Path) -> None:
+    """The manifest and the card say so, the command that is recorded does it again, and `verify` claims no match."""
+    out = tmp_path / "out"
+    assert run_here("convert", base, out, *given_direction, "--no-hash", "-q").code == 0
+    manifest = json.loads((out / "abliteration.json").read_text())
+    assert manifest["output"]["hashed"] is False and "--no-hash" in manifest["reproduce"]
+    assert {shard["sha256"] for part in ("base", "output") for shard in manifest[part]["shards"]} == {None}
+    card = " ".join((out / "README.md").read_text().split())
+    assert "SHA-256 of the files of weights was left out (`--no-hash`)" in card and "by hash" not in card
+    checked = run_here("verify", out, "--json")
+    assert checked.code == 0 and json.loads(checked.out)["hashed"] is False

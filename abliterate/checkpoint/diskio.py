@@ -88,6 +88,30 @@ def _copy_in_kernel(source: int, target: int, count: int, read_at: int, write_at
     return done
 
 
+@contextmanager
+def new_file(final: Path) -> Iterator[int]:
+    """Yields a file under a temporary name, which becomes `final` once it is on the disk, or is removed.
+
+    Raises:
+        OutputError: `final` is there.
+    """
+    if final.exists():
+        raise OutputError(f"{final} is there already; write into an empty folder")
+    partial = final.with_name(f".{final.name}.partial")
+    partial.unlink(missing_ok=True)
+    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            yield fd
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        partial.rename(final)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def check_file_target(path: Path, overwrite: bool = False) -> None:
     """Whether a file can be made at `path`, before the work that fills it.
 

@@ -1,62 +1,134 @@
 """Hashes of files that are being read and written, taken in threads that follow the work through the page cache."""
 
 import hashlib
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from abliterate.checkpoint.read import read_exactly
+from abliterate.errors import AbliterateError
 
-STEP_BYTES = 16 << 20
+LAG_BYTES = 512 << 20
+"""How far the work may be ahead: what is hashed is then still in the page cache, not to be read from the disk again."""
 BUFFER_BYTES = 256 << 10
 
 
 class FollowingHash:
-    """sha256 of an open file, as far as `follow` has been told that it is ready.
+    """sha256 of an open file in a thread of its own, as far as `follow` has been told that it is ready.
 
-    It stays at most one step behind, so that what it reads is still in the page cache.
+    Args:
+        fd: the file.
+        path: of the file.
+        after: another file's hash that this one takes over at offset `shared`, up to where both hold the same bytes.
     """
 
-    def __init__(self, fd: int, path: Path, threads: ThreadPoolExecutor) -> None:
-        self._fd, self._path, self._threads = fd, path, threads
-        self._hash = hashlib.sha256()
-        self._begun = 0
-        self._pending: Future[None] | None = None
+    def __init__(self, fd: int, path: Path, after: "FollowingHash | None" = None, shared: int = 0) -> None:
+        self._fd, self._path, self._after = fd, path, after
+        self._hash, self._done, self._ready = hashlib.sha256(), shared, 0
+        self._whole, self._stopped = False, False
+        self._fork_at, self._fork = 0, hashlib.sha256()
+        self._error: AbliterateError | None = None
+        self._news = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name=f"sha256 {path.name}")
+        if after is not None:
+            after._fork_at = shared
+
+    def start(self) -> None:
+        """Begins; before that, all that follow this one must be known."""
+        self._thread.start()
 
     def follow(self, ready: int) -> None:
-        """Hashes up to offset `ready` in the background; waits for the step before where that is not done."""
-        if ready - self._begun >= STEP_BYTES:
-            self._start(ready)
+        """Says that bytes up to offset `ready` are there; waits where hashing is far behind."""
+        with self._news:
+            self._ready = max(self._ready, ready)
+            self._news.notify_all()
+            self._news.wait_for(lambda: self._ready - self._done <= LAG_BYTES or self._over)
 
     def finish(self, size: int) -> str:
-        """The hash of the file's first `size` bytes, in hexadecimal."""
-        self._start(size)
-        self._wait()
+        """The hash of the file's first `size` bytes, in hexadecimal.
+
+        Raises:
+            CheckpointError: the file ends early, or cannot be read.
+        """
+        with self._news:
+            self._ready, self._whole = size, True
+            self._news.notify_all()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
         return self._hash.hexdigest()
 
-    def _start(self, end: int) -> None:
-        self._wait()
-        self._pending = self._threads.submit(self._update, self._begun, end)
-        self._begun = end
+    def stop(self) -> None:
+        """Ends the thread, done or not."""
+        with self._news:
+            self._stopped = True
+            self._news.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
 
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
+    @property
+    def _over(self) -> bool:
+        return self._stopped or self._error is not None
 
-    def _update(self, start: int, end: int) -> None:
-        buffer = memoryview(bytearray(BUFFER_BYTES))
-        for offset in range(start, end, BUFFER_BYTES):
-            part = buffer[: end - offset]
-            read_exactly(self._fd, part, offset, self._path)
-            self._hash.update(part)
+    def _run(self) -> None:
+        try:
+            if self._after is not None:
+                self._hash = self._after.forked()
+            buffer = memoryview(bytearray(BUFFER_BYTES))
+            while self._next():
+                self._update(buffer)
+        except AbliterateError as error:
+            with self._news:
+                self._error = error
+                self._news.notify_all()
+
+    def forked(self) -> "hashlib._Hash":
+        """A copy of the hash at the offset that the follower takes over at; waits for it."""
+        with self._news:
+            self._news.wait_for(lambda: self._done >= self._fork_at or self._over)
+            if self._error is not None:
+                raise self._error
+            return self._fork.copy()
+
+    def _next(self) -> bool:
+        """Waits for bytes to hash; False where none will come."""
+        with self._news:
+            self._news.wait_for(lambda: self._ready > self._done or self._whole or self._stopped)
+            return self._ready > self._done and not self._stopped
+
+    def _update(self, buffer: memoryview) -> None:
+        end = min(self._ready, self._done + len(buffer))
+        if self._done < self._fork_at:
+            end = min(end, self._fork_at)
+        part = buffer[: end - self._done]
+        read_exactly(self._fd, part, self._done, self._path)
+        self._hash.update(part)
+        with self._news:
+            self._done = end
+            if end == self._fork_at:
+                self._fork = self._hash.copy()
+            self._news.notify_all()
 
 
 @contextmanager
-def following(files: dict[int, Path], enabled: bool) -> Iterator[tuple[FollowingHash | None, ...]]:
-    """Yields one hash a file (descriptor to path), each in a thread of its own; None for each where not `enabled`."""
+def following(
+    source: tuple[int, Path], target: tuple[int, Path], shared: int, enabled: bool
+) -> Iterator[tuple[FollowingHash, FollowingHash] | None]:
+    """Yields the hashes of a file that is read and of one that is written; None where not `enabled`.
+
+    Args:
+        source, target: descriptor and path.
+        shared: up to where both hold the same bytes, which are hashed once.
+    """
     if not enabled:
-        yield (None,) * len(files)
+        yield None
         return
-    with ThreadPoolExecutor(len(files), thread_name_prefix="sha256") as threads:
-        yield tuple(FollowingHash(fd, path, threads) for fd, path in files.items())
+    with ExitStack() as stack:
+        read = FollowingHash(*source)
+        written = FollowingHash(*target, after=read, shared=shared)
+        # The one that is waited for is stopped first.
+        for hash_ in (written, read):
+            hash_.start()
+            stack.callback(hash_.stop)
+        yield read, written

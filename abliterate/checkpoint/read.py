@@ -13,6 +13,8 @@ from abliterate.checkpoint.header import DTYPES, Header, TensorInfo
 from abliterate.errors import CheckpointError
 
 BLOCK_BYTES = 8 << 20
+ROWS = 32
+"""Sums along axis 0 are taken in groups of so many rows: a block that ends with a group leaves nothing over."""
 
 
 def iter_blocks(header: Header, info: TensorInfo, max_bytes: int = BLOCK_BYTES) -> Iterator[tuple[slice, Tensor]]:
@@ -62,11 +64,23 @@ def blocks_of(
         yield slice(0, info.numel), _read(fd, header, info, 0, info.nbytes, buffer).reshape(info.shape)
         return
     rows, row_bytes = info.shape[0], info.nbytes // info.shape[0]
-    step = max(1, max_bytes // row_bytes)
+    step = rows_in(max_bytes, row_bytes)
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        block = _read(fd, header, info, first * row_bytes, last * row_bytes, buffer)
-        yield slice(first, last), block.reshape(last - first, *info.shape[1:])
+        yield slice(first, last), read_rows(fd, header, info, slice(first, last), buffer)
+
+
+def rows_in(max_bytes: int, row_bytes: int) -> int:
+    """How many rows a block holds, at least one; whole groups of ROWS where it holds one."""
+    rows = max(1, max_bytes // max(1, row_bytes))
+    return rows if rows < ROWS else rows // ROWS * ROWS
+
+
+def read_rows(fd: int, header: Header, info: TensorInfo, rows: slice, buffer: Tensor | None = None) -> Tensor:
+    """Rows along axis 0 of a tensor of 2 and more dimensions; see `blocks_of`."""
+    row_bytes = info.nbytes // info.shape[0]
+    block = _read(fd, header, info, rows.start * row_bytes, rows.stop * row_bytes, buffer)
+    return block.reshape(rows.stop - rows.start, *info.shape[1:])
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Direction-aware rounding: in few bits, with a part along the covector that is as small as in many (DESIGN 3.4).
+"""Direction-aware rounding in which every row takes part, of vectors and along several covectors (DESIGN 3.4).
+
+It leaves a part along the covector that is as small as in many bits. For matrices along one covector `payers` has a
+faster way, in which few rows do the paying.
 
 Rounding every element to the nearest puts part of v.W back. Where the edit moves elements by less than half a step of
 the grid it is even undone in part: on wide models plain rounding to bf16 misses the certificate's tolerance, and of

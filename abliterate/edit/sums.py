@@ -1,4 +1,8 @@
-"""Sums that come out the same, to the last bit, however the data is cut into blocks, on any number of threads."""
+"""Sums that come out the same, to the last bit, however the data is cut into blocks, on any number of threads.
+
+Only element-wise additions and multiplications, in an order that depends on nothing but the length: what a library
+calls a sum or a product of matrices is free to add up in any order, and does so by size, thread and processor.
+"""
 
 import torch
 from torch import Tensor
@@ -7,29 +11,74 @@ from abliterate.errors import EditError
 
 GROUP = 32
 """Rows that are added up before they go into the running total; counted from row 0, not from where a block starts."""
+PART = 1 << 18
+"""Elements that are worked on together: two buffers of that many in fp32 stay in the cache of a core."""
+NARROW = 8
+"""What is left of rows is turned round to be added up: operations on shorter rows are slow."""
 
 
 def tree_sum(terms: Tensor) -> Tensor:
     """Sum over axis 0 in pairs: element-wise additions only, whose order depends on nothing but the length."""
-    while len(terms) > 1:
-        half = len(terms) // 2
-        total = terms[:half] + terms[half : 2 * half]
-        if len(terms) % 2:
-            total[0] += terms[-1]
-        terms = total
+    return fold(terms.clone())
+
+
+def fold(terms: Tensor) -> Tensor:
+    """`tree_sum` in the memory of its terms: a view of the first."""
+    count = len(terms)
+    while count > 1:
+        half = count // 2
+        terms[:half].add_(terms[half : 2 * half])
+        if count % 2:
+            terms[0].add_(terms[count - 1])
+        count = half
     return terms[0]
 
 
+def narrowed(terms: Tensor, covector: Tensor) -> Tensor:
+    """Sums of a few products each of W and v along the last axis, [rows, few]: `total` adds them up.
+
+    Args:
+        terms: W [rows, n] in the dtype to work in; overwritten, the result is a view of it.
+        covector: v [n], likewise.
+    """
+    return _halved(terms.mul_(covector), narrow(terms.shape[1]))
+
+
+def narrow(width: int) -> int:
+    """How many sums `narrowed` leaves of rows that wide: of up to GROUP terms or so, as in columns."""
+    while width > NARROW and width > GROUP * NARROW // 2:
+        width //= 2
+    return width
+
+
+def total(parts: Tensor) -> Tensor:
+    """W.v [rows] in fp64, of what `narrowed` gave."""
+    return fold(_halved(parts.double(), NARROW).T.contiguous())
+
+
+def _halved(terms: Tensor, width: int) -> Tensor:
+    """Columns added up in pairs, in the memory of the terms, while there are more than `width`."""
+    count = terms.shape[1]
+    while count > width:
+        half = count // 2
+        terms[:, :half].add_(terms[:, half : 2 * half])
+        if count % 2:
+            terms[:, 0].add_(terms[:, count - 1])
+        count = half
+    return terms[:, :count]
+
+
 class CovectorSum:
-    """v.W over axis 0 of a tensor whose rows come in blocks, in fp64.
+    """v.W over axis 0 of a tensor whose rows come in blocks: groups of rows in `working`, their sum in fp64.
 
     Args:
         covector: v [rows].
     """
 
-    def __init__(self, covector: Tensor) -> None:
-        self._covector = covector.double()
-        self._next, self._pending, self._total = 0, torch.empty(0), torch.zeros(())
+    def __init__(self, covector: Tensor, working: torch.dtype = torch.float64) -> None:
+        self._covector = covector.to(working)[:, None]
+        self._next, self._filled = 0, 0
+        self._terms = self._total = torch.empty(0)
 
     def add(self, rows: slice, block: Tensor) -> None:
         """Takes the next rows, `block` [rows, n]; row 0 starts anew.
@@ -38,17 +87,19 @@ class CovectorSum:
             EditError: these are not the next rows.
         """
         if rows.start == 0:
-            self._next, self._pending = 0, block.new_empty(0, *block.shape[1:], dtype=torch.float64)
-            self._total = block.new_zeros(block.shape[1:], dtype=torch.float64)
+            self._next, self._filled = 0, 0
+            self._terms = torch.empty(GROUP, *block.shape[1:], dtype=self._covector.dtype)
+            self._total = torch.zeros(block.shape[1:], dtype=torch.float64)
         if rows.start != self._next:
             raise EditError(f"rows from {rows.start} came when row {self._next} was next: blocks must come in order")
         first = 0
         while first < len(block):
-            taken = min(GROUP - len(self._pending), len(block) - first)
-            piece = block[first : first + taken].double() * self._covector[self._next : self._next + taken, None]
-            self._pending = torch.cat((self._pending, piece)) if len(self._pending) else piece
-            first, self._next = first + taken, self._next + taken
-            if len(self._pending) == GROUP:
+            taken = min(GROUP - self._filled, len(block) - first)
+            part = self._terms[self._filled : self._filled + taken]
+            part.copy_(block[first : first + taken])
+            part.mul_(self._covector[self._next : self._next + taken])
+            first, self._next, self._filled = first + taken, self._next + taken, self._filled + taken
+            if self._filled == GROUP:
                 self._flush()
 
     def total(self) -> Tensor:
@@ -59,10 +110,10 @@ class CovectorSum:
         """
         if self._next != len(self._covector):
             raise EditError(f"only {self._next} of {len(self._covector)} rows were measured")
-        if len(self._pending):
+        if self._filled:
             self._flush()
         return self._total
 
     def _flush(self) -> None:
-        self._total = self._total + tree_sum(self._pending)
-        self._pending = self._pending[:0]
+        self._total += fold(self._terms[: self._filled])
+        self._filled = 0

@@ -210,19 +210,28 @@ def _versions(manifest: Manifest) -> str:
         f"{name} {plain(tool[name])}" for name in ("abliterate", "torch", "transformers", "safetensors")
     )
     commit = f" The base was at commit {code(base['commit'])}." if base["commit"] else ""
+    hashes = (
+        "`abliteration.json` has the SHA-256 of every file of weights that went in and came out."
+        if _hashed(manifest)
+        else "SHA-256 of the files of weights was left out (`--no-hash`), so that they cannot be told from others."
+    )
     return (
         f"Made with {versions} and Python {plain(tool['python'])}.{commit} The same command on the same base and "
-        "machine makes the same bytes; `abliteration.json` has the SHA-256 of every file of weights that went "
-        "in and came out."
+        f"machine makes the same bytes; {hashes}"
     )
+
+
+def _hashed(manifest: Manifest) -> bool:
+    return all(shard["sha256"] for shard in manifest["output"]["shards"])
 
 
 def _files(manifest: Manifest) -> list[str]:
     names = [shard["name"] for shard in manifest["output"]["shards"]]
     weights = code(names[0]) if len(names) == 1 else f"{code(names[0])} to {code(names[-1])} ({len(names)} files)"
+    by_hash = " by hash," if _hashed(manifest) else ""
     lines = [
         f"{weights}: the edited weights",
-        "`abliteration.json`: what was done to what, by hash, with every score and residual",
+        f"`abliteration.json`: what was done to what,{by_hash} with every score and residual",
         f"{code(manifest['direction']['file'])}: the direction, in the tensor `direction`",
     ]
     if len(names) == 1:

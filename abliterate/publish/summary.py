@@ -123,9 +123,15 @@ def print_plan(plan: Plan, checkpoint: Sized | None = None) -> None:
     _print(plan_table(plan, tensor_sizes(checkpoint) if checkpoint is not None else None))
 
 
-def print_certificate(certificate: Record, mismatches: Sequence[str], manifest: bool) -> None:
-    """`abliterate verify`: the certificate, and whether the files are those that the manifest names."""
+def print_certificate(certificate: Record, mismatches: Sequence[str], manifest: bool, hashed: bool = True) -> None:
+    """`abliterate verify`: the certificate, and whether the files are those that the manifest names.
+
+    Args:
+        manifest: there is one. `hashed`: it has hashes of the weights.
+    """
     files = Text("weights and direction as the manifest says" if manifest else "no manifest to compare with")
+    if manifest and not hashed:
+        files = Text("direction as the manifest says; weights not compared: their hashes were left out (--no-hash)")
     if mismatches:
         files = Text(f"not those of the manifest: {_some(mismatches)}", "bold red")
     _print(fact_table({**_certificate_facts(certificate), "files": files}))

@@ -1,7 +1,7 @@
 """Pico checkpoints, written by the safetensors library, and files forged by hand."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Scaled:
 
     def __init__(self, passes: int = 0) -> None:
         self.passes = passes
+        self.independent = False
         self.measured: list[tuple[slice, Tensor]] = []
         self.applied: list[slice] = []
 
@@ -85,3 +86,6 @@ class Scaled:
     def apply(self, rows: slice, block: Tensor) -> Tensor:
         self.applied.append(rows)
         return (block.double() / 2).to(block.dtype)
+
+    def late(self) -> Iterator[tuple[int, Tensor]]:
+        yield from ()

@@ -5,6 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +22,7 @@ from picocheckpoint import CONFIG, DTYPES, Scaled, snapshot, tensors, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from abliterate.checkpoint import hashing, rewrite
+from abliterate.checkpoint import shard
 from abliterate.checkpoint.files import open_checkpoint
 from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.rewrite import ShardRecord, TensorCopy, TensorEdit, rewrite_checkpoint
@@ -80,7 +83,7 @@ def test_only_edited_tensors_change(tmp_path: Path, shards: int, passes: int) ->
 
 
 def test_edits_see_rows_in_order_and_the_stored_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrite, "EDIT_BYTES", 60)
+    monkeypatch.setattr(shard, "EDIT_BYTES", 60)
     base = write(tmp_path / "m")
     edit = Scaled(passes=2)
     run(base, {OUT_WEIGHT: edit})
@@ -91,9 +94,8 @@ def test_edits_see_rows_in_order_and_the_stored_values(tmp_path: Path, monkeypat
 
 
 def test_records_hold_the_hashes_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "STEP_BYTES", 16)
-    monkeypatch.setattr(rewrite, "COPY_BYTES", 32)
-    monkeypatch.setattr(rewrite, "EDIT_BYTES", 32)
+    monkeypatch.setattr(shard, "COPY_BYTES", 32)
+    monkeypatch.setattr(shard, "EDIT_BYTES", 32)
     base = write(tmp_path / "m", 2)
     for record in run(base, {OUT_WEIGHT: Scaled(1)}):
         before, after = (folder / record.name for folder in (base, tmp_path / "out"))
@@ -325,10 +327,147 @@ def test_any_checkpoint(tmp_path: Path, made: dict[str, tuple[list[int], torch.d
         folder.mkdir()
     save_file(stored, with_config(base) / "model.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("EDIT_BYTES", "COPY_BYTES"):
-            patch.setattr(rewrite, name, data.draw(st.integers(1, 80)))
+        for name in ("EDIT_BYTES", "COPY_BYTES", "APART_BYTES"):
+            patch.setattr(shard, name, data.draw(st.integers(1, 80)))
         edits = {name: Scaled(data.draw(st.integers(0, 1))) for name in edited}
         (record,) = rewrite_checkpoint(open_checkpoint(base), out, edits)
     result = loaded(out)
     assert all(same(result[name], halved(stored[name]) if name in edited else stored[name]) for name in stored)
     assert record.sha256_out == hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+
+
+class Apart(Scaled):
+    """Halves blocks in any order; says which threads came."""
+
+    def __init__(self, act: Callable[[slice], object] = lambda rows: None) -> None:
+        super().__init__()
+        self.independent, self.act = True, act
+
+    def apply(self, rows: slice, block: Tensor) -> Tensor:
+        self.act(rows)
+        return super().apply(rows, block)
+
+
+class Late(Scaled):
+    """Halves every element; some rows only at the end, `apply` gives zeros for them."""
+
+    late_rows = (5, 0, 7)
+
+    def apply(self, rows: slice, block: Tensor) -> Tensor:
+        stored = super().apply(rows, block)
+        for row in self.late_rows:
+            if rows.start <= row < rows.stop:
+                stored[row - rows.start] = 0
+        return stored
+
+    def late(self) -> Iterator[tuple[int, Tensor]]:
+        made = tensors()[OUT_WEIGHT]
+        yield from ((row, halved(made[row])) for row in self.late_rows)
+
+
+def test_blocks_that_are_edited_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "APART_BYTES", 50)
+    edits = {name: Apart() for name in ("model.embed.weight", "model.0.experts", "model.0.out.bias", "model.scale")}
+    (record,) = run(write(tmp_path / "m"), edits)
+    result = loaded(tmp_path / "out")
+    assert all(same(result[name], halved(tensors()[name])) for name in edits)
+    assert sorted(rows.start for rows in edits["model.embed.weight"].applied) == [0, 3, 6, 9]
+    assert record.sha256_out == hashlib.sha256((tmp_path / "out/model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_rows_that_are_late_take_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(shard, "EDIT_BYTES", rows * 24)
+    (record,) = run(write(tmp_path / "m"), {OUT_WEIGHT: Late(1)})
+    assert same(loaded(tmp_path / "out")[OUT_WEIGHT], halved(tensors()[OUT_WEIGHT]))
+    assert record.sha256_out == hashlib.sha256((tmp_path / "out/model.safetensors").read_bytes()).hexdigest()
+
+
+def test_rows_that_are_late_are_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Late, "late", lambda self: iter([(3, torch.full((6,), torch.nan))]))
+    with pytest.raises(CheckpointError, match=f"tensor {OUT_WEIGHT} would, once edited, hold NaN"):
+        run(write(tmp_path / "m"), {OUT_WEIGHT: Late(1)})
+    assert snapshot(tmp_path / "out") == {}
+
+
+def test_told_of_every_shard_that_has_its_name(tmp_path: Path) -> None:
+    base = write(tmp_path / "m", 5)
+    out, told = folder_for(base), list[ShardRecord]()
+
+    def done(record: ShardRecord) -> None:
+        assert (out / record.name).stat().st_size == record.bytes
+        told.append(record)
+
+    records = rewrite_checkpoint(open_checkpoint(base), out, {OUT_WEIGHT: Scaled(1)}, done=done)
+    assert sorted(told, key=lambda record: record.name) == list(records)
+
+
+def test_shards_that_are_done_are_left_alone(tmp_path: Path) -> None:
+    base = write(tmp_path / "m", 3)
+    out, edits = folder_for(base), {name: Scaled(1) for name in EDITED}
+    records = rewrite_checkpoint(open_checkpoint(base), out, edits)
+    whole = snapshot(out)
+    for path in (out / records[0].name, out / records[2].name, out / "model.safetensors.index.json"):
+        path.unlink()
+    (out / records[1].name).write_bytes(b"left alone")
+    counted, skip = Counting(), {records[1].name: records[1]}
+    again = rewrite_checkpoint(open_checkpoint(base), out, edits, progress=cast(Progress, counted), skip=skip)
+    assert again == records and counted.done == counted.total < open_checkpoint(base).nbytes * 2
+    assert snapshot(out) == whole | {records[1].name: b"left alone"}
+
+
+@pytest.mark.parametrize("act", [full_disk, interrupt, lambda: (_ for _ in ()).throw(ValueError("broken"))])
+def test_an_error_in_one_piece_stops_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]
+) -> None:
+    """In whichever piece of whichever shard; nothing half written is left, no thread, and torch's are as before."""
+    monkeypatch.setattr(shard, "APART_BYTES", 24)
+    monkeypatch.setattr(shard, "COPY_BYTES", 32)
+    base, threads = write(tmp_path / "m", 3), threading.active_count()
+    checkpoint, before = open_checkpoint(base), torch.get_num_threads()
+    for name in ("model.embed.weight", OUT_WEIGHT, "model.0.experts"):
+        for row in (0, 2):
+            out = tmp_path / f"{name}{row}"
+            out.mkdir()
+            edits = {each: Apart() for each in EDITED[:3]}
+            edits[name] = Apart(lambda rows, row=row: act() if rows.start >= row else None)
+            with pytest.raises((OutputError, KeyboardInterrupt, ValueError), match=r"disk full|broken|^$"):
+                rewrite_checkpoint(checkpoint, out, edits)
+            left = snapshot(out)
+            assert all(file.endswith(".safetensors") and not file.startswith(".") for file in left)
+            assert all(len(data) == (base / file).stat().st_size for file, data in left.items())
+            assert threading.active_count() == threads and torch.get_num_threads() == before
+
+
+def test_ctrl_c_stops_workers_that_are_busy(tmp_path: Path) -> None:
+    """Pressed where the user presses it: in the main thread, while workers work."""
+    base, slow = write(tmp_path / "m"), threading.Event()
+    big = {f"w{number}": torch.randn(64, 64) for number in range(40)}
+    save_file(big, base / "model.safetensors")
+
+    def act(rows: slice) -> None:
+        if not slow.is_set():
+            slow.set()
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+
+    begun = [Apart(act) for _ in big]
+    with pytest.raises(KeyboardInterrupt):
+        run(base, dict(zip(big, begun, strict=True)))
+    assert snapshot(tmp_path / "out") == {}
+    assert sum(len(edit.applied) for edit in begun) < len(big)
+
+
+def test_a_disk_that_is_full_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = list[int]()
+
+    def copy_range(*args: object) -> None:
+        copies.append(1)
+        if len(copies) == 3:
+            full_disk()
+
+    monkeypatch.setattr(shard, "copy_range", copy_range)
+    monkeypatch.setattr(shard, "COPY_BYTES", 16)
+    with pytest.raises(OutputError, match="disk full"):
+        run(write(tmp_path / "m", 3), {})
+    assert snapshot(tmp_path / "out") == {}

@@ -15,12 +15,12 @@ from abliterate.architecture.writer import Plan, Runtime, Step, Writer
 from abliterate.certify.weights import tolerance
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import DTYPES, TensorInfo, read_header
-from abliterate.edit.edits import (
+from abliterate.edit.edits import build_edits
+from abliterate.edit.projections import (
     LocalProjection,
     Projection,
     SpanProjection,
     StreamedProjection,
-    build_edits,
     projection,
 )
 from abliterate.edit.projector import Projector, make_projector, span_projector
@@ -70,7 +70,10 @@ def run(edit: Projection, stored: Tensor, rows: int = 1 << 30) -> Tensor:
     for _ in range(edit.passes):
         for part in slices:
             edit.measure(part, block(part))
-    return torch.cat([edit.apply(part, block(part)) for part in slices])
+    result = torch.cat([edit.apply(part, block(part)) for part in slices])
+    for row, stored_late in edit.late():
+        result[row] = stored_late
+    return result
 
 
 def edited(stored: Tensor, axis: int, projector: Projector, strength: float = 1.0, directional: bool = True) -> Tensor:
@@ -469,4 +472,5 @@ def test_nothing_of_a_tensor_is_kept_once_it_is_edited(dtype: str) -> None:
     edit.measure(slice(0, rows), weight)
     assert len(pickle.dumps(edit)) > columns
     edit.apply(slice(0, rows), weight)
+    list(edit.late())
     assert len(pickle.dumps(edit)) < columns

@@ -194,6 +194,7 @@ def build_manifest() -> dict[str, Any]:
         "certificate": _certificate(),
         "evaluation": build_evaluation(),
         "output": {
+            "hashed": True,
             "shards": [{"name": "model.safetensors", "sha256": _sha("out"), "bytes": 269060552}],
             "files": ["README.base.md", "config.json", "generation_config.json", "tokenizer.json"],
         },

@@ -210,6 +210,9 @@ def test_printing(manifest: Manifest, plan: Plan, capsys: pytest.CaptureFixture[
     assert "not those of the manifest: a.safetensors" in capsys.readouterr().out
     summary.print_certificate(manifest["certificate"], [], False)
     assert "no manifest to compare with" in capsys.readouterr().out
+    summary.print_certificate(manifest["certificate"], [], True, False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "weights not compared: their hashes were left out (--no-hash)" in shown
     summary.print_evaluation(_Report("out", evaluation))
     assert capsys.readouterr().out.split("\n")[0].split() == ["out"]
     summary.print_evaluation(_Report("same", evaluation, "same", evaluation))
