@@ -4,21 +4,14 @@ Exit codes: 0 done, 1 failed (bad input, or a certificate that does not hold), 2
 """
 
 import dataclasses
-import json
-import logging
-import os
-import signal
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from abliterate import __version__
-from abliterate.checkpoint.workfolder import WorkFolder
-from abliterate.errors import AbliterateError, out_of_memory
+from abliterate.errors import AbliterateError
 from abliterate.options import (
     exhaustive_option,
     inexact_option,
@@ -33,17 +26,7 @@ from abliterate.options import (
 )
 from abliterate.progress import Progress
 from abliterate.recipe import Recipe, list_recipes, load_recipe, recipe_path
-
-log = logging.getLogger("abliterate")
-
-ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",
-    # torch's sums in fp32 else come out differently when the machine is busy: MKL then takes fewer threads
-    "MKL_CBWR": "AUTO,STRICT",
-    "MKL_DYNAMIC": "FALSE",
-    "OMP_DYNAMIC": "FALSE",
-}
-"""What libraries read when they are loaded, unless the user has set it: the same command has to give the same bytes."""
+from abliterate.terminal import echo_json, loading, run, set_up_logging, telling_what_is_left
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -86,14 +69,14 @@ def convert(
 
     A run that was stopped, whatever stopped it, is continued by the same command.
     """
-    with _telling_what_is_left(out):
+    with telling_what_is_left(out):
         _convert(model, out, dry_run, overwrite, no_evaluate, as_json, given)
 
 
 def _convert(
     model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: bool, as_json: bool, given: Mapping[str, Any]
 ) -> None:
-    with _loading():
+    with loading():
         from abliterate import conversion, dryrun
 
     common: dict[str, Any] = {
@@ -144,7 +127,7 @@ def direction(model: str, out: Path, overwrite: bool, as_json: bool, **given: An
     FILE holds `direction` [hidden], the pick; `directions` [positions, layers, hidden], the candidate grid; and the
     grid's `bypass`, `induce` and `kl` scores.
     """
-    with _loading():
+    with loading():
         from abliterate.find import find_direction, thresholds_of
         from abliterate.publish.summary import print_selection
         from abliterate.record import selection_record
@@ -155,7 +138,7 @@ def direction(model: str, out: Path, overwrite: bool, as_json: bool, **given: An
     )
     record = selection_record(found.selection, dataclasses.asdict(thresholds_of(recipe.selection)))
     if as_json:
-        _echo_json({"file": str(out), "sha256": found.sha256, "selection": record})
+        echo_json({"file": str(out), "sha256": found.sha256, "selection": record})
     elif not given["quiet"]:
         print_selection(record)
         click.echo(f"wrote {out}")
@@ -171,10 +154,10 @@ def direction(model: str, out: Path, overwrite: bool, as_json: bool, **given: An
 @voice_options
 def plan(model: str, entry: bool, inexact: bool, trust_remote_code: bool, as_json: bool, **given: Any) -> None:
     """Show what would be edited, what is kept, and why: every tensor accounted for, from headers alone."""
-    with _loading():
+    with loading():
         from abliterate.planning import plan_and_headers, probed_text
 
-    _set_up_logging(given)
+    set_up_logging(given)
     if entry:
         click.echo(probed_text(model, given["revision"], trust_remote_code), nl=False)
         return
@@ -196,7 +179,7 @@ def plan(model: str, entry: bool, inexact: bool, trust_remote_code: bool, as_jso
 @voice_options
 def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any) -> None:
     """Measure the certificate of CHECKPOINT again, on its files; exit 1 when it does not hold."""
-    with _loading():
+    with loading():
         from abliterate import verification
         from abliterate.publish.summary import print_certificate
         from abliterate.record import certificate_record
@@ -208,7 +191,7 @@ def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any)
     record = certificate_record(result.certificate)
     if as_json:
         files = {"hashed": result.hashed, "mismatches": list(result.mismatches)}
-        _echo_json({"holds": result.holds, **files, "certificate": record})
+        echo_json({"holds": result.holds, **files, "certificate": record})
     elif not given["quiet"]:
         print_certificate(record, result.mismatches, result.manifest, result.hashed)
     if result.mismatches:
@@ -229,7 +212,7 @@ def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any)
 @voice_options
 def evaluate(model: str, baseline: str | None, as_json: bool, **given: Any) -> None:
     """Measure refusals, over-refusals, loss, and the distance to a baseline, on held-out prompts."""
-    with _loading():
+    with loading():
         from abliterate import measuring
         from abliterate.publish.summary import print_evaluation
 
@@ -237,7 +220,7 @@ def evaluate(model: str, baseline: str | None, as_json: bool, **given: Any) -> N
         model, baseline=baseline, revision=given["revision"], recipe=_recipe(given), options=_run_options(given)
     )
     if as_json:
-        _echo_json(dataclasses.asdict(report))
+        echo_json(dataclasses.asdict(report))
     elif not given["quiet"]:
         print_evaluation(report)
 
@@ -250,44 +233,15 @@ def recipes(name: str | None, as_json: bool) -> None:
     if name is None:
         known = list_recipes()
         if as_json:
-            _echo_json({key: recipe.as_dict() for key, recipe in known.items()})
+            echo_json({key: recipe.as_dict() for key, recipe in known.items()})
         else:
             click.echo("\n".join(f"{key:<16} {recipe.description}" for key, recipe in known.items()))
         return
     recipe = load_recipe(name)
     if as_json:
-        _echo_json(recipe.as_dict())
+        echo_json(recipe.as_dict())
     else:
         click.echo(recipe_path(name).read_text(encoding="utf-8").rstrip())
-
-
-class _Unfinished(KeyboardInterrupt):
-    """Ctrl-C, with something to continue."""
-
-
-@contextmanager
-def _telling_what_is_left(out: Path) -> Iterator[None]:
-    """Ctrl-C ends in another message where the same command has something to go on from."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        with suppress(OSError, ValueError, RuntimeError):  # of an OUT that cannot be
-            if WorkFolder.of(out.resolve()).unfinished:
-                raise _Unfinished from interrupt
-        raise
-
-
-@contextmanager
-def _loading() -> Iterator[None]:
-    """Ctrl-C waits until libraries are loaded: halfway, some swallow it and others end the process their own way."""
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 def _recipe(given: Mapping[str, Any]) -> Recipe:
@@ -300,70 +254,22 @@ def _run_options(given: Mapping[str, Any]) -> Any:
     from abliterate.subject import RunOptions
 
     names = ("device", "dtype", "memory", "batch_size", "seed", "trust_remote_code", "template", "system_prompt")
-    _set_up_logging(given)
+    set_up_logging(given)
     chosen = {name: given[name] for name in names} | {"inexact": given.get("inexact", False)}
     chosen["max_new_tokens"] = given.get("max_new_tokens")
     chosen["hash_files"] = not given.get("no_hash", False)
     return RunOptions(**chosen, progress=Progress(False if given["quiet"] else None))
 
 
-def _set_up_logging(given: Mapping[str, Any]) -> None:
-    level = logging.INFO if given["verbose"] else logging.ERROR if given["quiet"] else logging.WARNING
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
-    log.setLevel(level)
-    if given["quiet"] and given["verbose"]:
-        raise click.UsageError("-q and -v do not go together")
-
-
 def _print_plan(plan: Any, checkpoint: Any, as_json: bool) -> None:
     if as_json:
-        _echo_json(dataclasses.asdict(plan))
+        echo_json(dataclasses.asdict(plan))
         return
     from abliterate.publish.summary import print_plan
 
     print_plan(plan, checkpoint)
 
 
-def _echo_json(value: Any) -> None:
-    from abliterate.publish.manifest import plain_values
-
-    click.echo(json.dumps(plain_values(value, "the result"), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _complain(message: str) -> None:
-    """One line, whatever names and values are in it."""
-    click.echo(f"error: {' '.join(message.split())}", err=True)
-
-
 def main() -> None:
     """Entry point: one line and an exit code for everything that a user can act on."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        code = cli(standalone_mode=False)
-        sys.exit(code or 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort) as error:
-        kept = isinstance(error.__cause__, _Unfinished)
-        click.echo(
-            f"interrupted: {'run the same command again to continue' if kept else 'nothing was written'}", err=True
-        )
-        sys.exit(130)
-    except AbliterateError as error:
-        _complain(str(error))
-        sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        _complain("out of memory; a smaller --batch-size or --dtype bfloat16 needs less")
-        sys.exit(1)
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`); nothing is left to tell it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        _complain(f"{place}{error.strerror or error}")
-        sys.exit(1)
+    run(cli)

@@ -24,7 +24,7 @@ from abliterate.sizes import parse_memory
 
 CHILD = """
 import sys, json, os
-from abliterate.cli import ENVIRONMENT
+from abliterate.terminal import ENVIRONMENT
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 import os
 
-from abliterate.cli import ENVIRONMENT
+from abliterate.terminal import ENVIRONMENT
 
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)

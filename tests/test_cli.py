@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from abliterate import __version__, cli
+from abliterate import __version__, cli, terminal
 from abliterate.errors import AbliterateError
 from abliterate.publish.manifest import manifest_schema
 from abliterate.recipe import load_recipe, recipes_folder
@@ -157,7 +157,7 @@ def test_quiet_prints_nothing(base: Path, given_direction: tuple[str, ...], tmp_
 @pytest.mark.parametrize(("flag", "level"), [("-v", logging.INFO), ("-q", logging.ERROR), (None, logging.WARNING)])
 def test_how_much_is_said(base: Path, flag: str | None, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(cli, "_print_plan", lambda *_: seen.append(cli.log.level))
+    monkeypatch.setattr(cli, "_print_plan", lambda *_: seen.append(terminal.log.level))
     run_here("plan", base, *([flag] if flag else []))
     assert seen == [level]
 
@@ -259,7 +259,7 @@ def test_a_fault_of_our_own_is_not_hidden(base: Path, monkeypatch: pytest.Monkey
 
 def test_ctrl_c_waits_while_libraries_load() -> None:
     done = False
-    with pytest.raises(KeyboardInterrupt), cli._loading():
+    with pytest.raises(KeyboardInterrupt), terminal.loading():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         done = True

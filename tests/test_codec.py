@@ -106,7 +106,7 @@ def test_what_the_pipeline_stores() -> None:
     assert back.value.dtype == torch.float64 and torch.equal(back.value, mean.value) and back.kept == 9
     residual = StreamResidual((0.1, math.nan, math.inf), 7, {"b": 1e-300, "a": -0.0})
     assert same(decode(StreamResidual, encode(residual)), residual)
-    scores = Scores({(-1, 3): [0.1, math.nan]}, {}, {(-2, 0): []}, 12, torch.eye(2)[:, :1])
+    scores = Scores({(-1, 3): [0.1, math.nan]}, {}, {(-2, 0): []}, 12, (torch.eye(2)[:, :1], [0.5, -math.inf]))
     assert same(decode(Scores, encode(scores)), scores)
     for ids in ((3, 1), (), None):
         assert decode(tuple[int, ...] | None, encode(ids)) == ids

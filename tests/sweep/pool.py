@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
-from abliterate.cli import ENVIRONMENT
+from abliterate.terminal import ENVIRONMENT
 from tests.sweep.twins import Case
 
 T = TypeVar("T")
