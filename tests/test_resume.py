@@ -308,7 +308,7 @@ def test_a_damaged_journal(base: Path, stopped: Path, recipe: Path, undisturbed:
     assert names(stopped) == ["out"] and snapshot(stopped / "out") == undisturbed
 
 
-@pytest.mark.parametrize("raised", [MemoryError(), RuntimeError("CUDA out of memory"), ValueError("a mistake"), None])
+@pytest.mark.parametrize("raised", [MemoryError(), ValueError("a mistake"), None])
 def test_what_may_go_better_next_time_keeps_what_is_done(
     base: Path,
     stopped: Path,
