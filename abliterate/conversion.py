@@ -18,7 +18,7 @@ from abliterate.checkpoint.extend import TensorCopy, single_index
 from abliterate.checkpoint.files import DIRECTION_FILE, INDEX_SUFFIX
 from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.locate import Source, find
-from abliterate.checkpoint.output import Staging, check_target
+from abliterate.checkpoint.output import Staging, check_target, tidy
 from abliterate.checkpoint.rewrite import rewrite_checkpoint
 from abliterate.describing import describe
 from abliterate.direction.files import direction_bytes, load_direction
@@ -93,6 +93,7 @@ def convert(
     """
     # before a model is downloaded that could then not be written
     local = find(model, revision)
+    tidy(Path(out))
     check_target(Path(out), overwrite=overwrite, inputs=[local.folder] if local else [])
     options = options or RunOptions()
     subject = open_subject(model, revision, options.trust_remote_code, options.inexact)

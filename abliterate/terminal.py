@@ -30,20 +30,31 @@ ENVIRONMENT = {
 """What libraries read when they are loaded, unless the user has set it: the same command has to give the same bytes."""
 
 
-class _Unfinished(KeyboardInterrupt):
-    """Ctrl-C, with something to continue."""
+class _Stopped(KeyboardInterrupt):
+    """Ctrl-C, of a run that leaves something; the message says what."""
 
 
 @contextmanager
 def telling_what_is_left(out: Path) -> Iterator[None]:
-    """Ctrl-C ends in another message where the same command has something to go on from."""
+    """Ctrl-C ends in another message where the same command has something to go on from, or OUT was done by then."""
+    before = _identity(out)
     try:
         yield
     except KeyboardInterrupt as interrupt:
         with suppress(OSError, ValueError, RuntimeError):  # of an OUT that cannot be
             if WorkFolder.of(out.resolve()).unfinished:
-                raise _Unfinished from interrupt
+                raise _Stopped("run the same command again to continue") from interrupt
+        if _identity(out) not in (None, before):
+            raise _Stopped(f"{out} was done by then") from interrupt
         raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which folder that is; None where there is none."""
+    with suppress(OSError, ValueError):
+        status = path.stat()
+        return status.st_dev, status.st_ino
+    return None
 
 
 @contextmanager
@@ -91,10 +102,8 @@ def run(cli: click.Group) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
-        kept = isinstance(error.__cause__, _Unfinished)
-        click.echo(
-            f"interrupted: {'run the same command again to continue' if kept else 'nothing was written'}", err=True
-        )
+        left = error.__cause__ if isinstance(error.__cause__, _Stopped) else "nothing was written"
+        click.echo(f"interrupted: {left}", err=True)
         sys.exit(130)
     except AbliterateError as error:
         _complain(str(error))

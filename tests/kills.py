@@ -223,11 +223,13 @@ class Trial:
     def check_word(self, status: int) -> None:
         """Ctrl-C ends in one line that says whether there is something to continue."""
         words = self.said().strip().splitlines()[-1:]
-        kept = (self.work / "journal.json").exists()
-        wanted = ["interrupted: run the same command again to continue" if kept else "interrupted: nothing was written"]
+        kept = (self.work / "journal.json").exists() and (self.work / "out").exists()
+        done = self.out.exists() and contents(self.out) == self.wanted
+        word = "run the same command again to continue" if kept else f"{self.out} was done by then"
+        wanted = [f"interrupted: {word if kept or done else 'nothing was written'}"]
         if status == 130 and words != wanted:
             self.tally.faults.append(f"Ctrl-C said {words}, work folder {'kept' if kept else 'gone'}")
-        elif status not in (130, 70, -signal.SIGINT):
+        elif status not in (130, 70, -signal.SIGINT) and not (status == 1 and done):
             self.tally.faults.append(f"Ctrl-C ended with {status}: {words}")
 
     def look(self) -> None:
@@ -259,6 +261,8 @@ def tried(trial: Trial, kills: int, seed: int) -> Tally:
     while used < kills and len(trial.tally.faults) < 5:
         used += trial.sequence(number, kills - used, chance)
         number += 1
+        for fault in trial.tally.faults:
+            print(fault, file=sys.stderr)
         print(f"{used} of {kills} kills, {len(trial.tally.faults)} faults", end="\r", file=sys.stderr, flush=True)
     return trial.tally
 

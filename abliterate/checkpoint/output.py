@@ -14,7 +14,7 @@ from abliterate.checkpoint.target import check_contents, check_target, failed, r
 from abliterate.checkpoint.workfolder import WorkFolder, held
 from abliterate.errors import OutputError
 
-__all__ = ["Staging", "check_target", "staged"]
+__all__ = ["Staging", "check_target", "staged", "tidy"]
 
 log = logging.getLogger(__name__)
 
@@ -123,14 +123,34 @@ def _stage(work: WorkFolder, overwrite: bool, stack: contextlib.ExitStack) -> St
     stack.enter_context(held(work))
     staging = Staging(work, overwrite, kept=False)
     stack.callback(_leave, staging)
+    _recover(work)
+    staging.kept = work.unfinished
+    return staging
+
+
+def tidy(out: Path) -> None:
+    """Cleans up after a run that was killed while it published OUT; unfinished work stays as it is.
+
+    Raises:
+        OutputError: another run is writing OUT, or something cannot be moved or removed.
+    """
+    work = WorkFolder.of(resolved(out))
+    if not os.access(work.path, os.F_OK):
+        return
+    with _writing(work.out), held(work):
+        _recover(work)
+        if not work.unfinished:
+            work.remove()
+
+
+def _recover(work: WorkFolder) -> None:
     for target in (work.out, failed(work.out)):
         _put_back(work, target)
-    staging.kept = work.unfinished
-    if not staging.kept:
-        if work.journal.exists():
-            log.warning("%s is what a run left that was killed after it had finished: it is removed", work.path)
-        work.clear()
-    return staging
+    if work.unfinished:
+        return
+    if work.journal.exists():
+        log.warning("%s is what a run left that was killed after it had finished: it is removed", work.path)
+    work.clear()
 
 
 def _put_back(work: WorkFolder, target: Path) -> None:

@@ -15,6 +15,7 @@ from picocheckpoint import snapshot
 
 from abliterate.checkpoint import output
 from abliterate.checkpoint.output import Staging, check_target, staged
+from abliterate.checkpoint.workfolder import WorkFolder
 from abliterate.errors import OutputError
 
 WORK_NAME = ".out.abliterate-work"
@@ -363,9 +364,10 @@ def test_killed_between_any_two_steps_of_publishing(tmp_path: Path, step: str, o
     """A process of its own ends there; the next run has the old OUT or the new one, and loses nothing."""
     if overwrite:
         fill(tmp_path / "out", OLD)
-    code = PUBLISH.format(out=str(tmp_path / "out"), step=step, overwrite=overwrite)
-    done = subprocess.run([sys.executable, "-c", code], check=False)
-    assert done.returncode == (0 if step == "after" else 9)
+    child = os.fork()
+    if not child:
+        publishing(tmp_path / "out", step, overwrite)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if step == "after" else 9)
     seen = snapshot(tmp_path / "out") if (tmp_path / "out").exists() else None
     assert seen in {"before": [OLD if overwrite else None], "moved aside": [None]}.get(step, [NEW])
     unfinished = step in ("before", "moved aside") and (overwrite or step == "before")
@@ -382,40 +384,35 @@ def test_killed_between_any_two_steps_of_publishing(tmp_path: Path, step: str, o
     assert names(tmp_path) == ["out"] and snapshot(tmp_path / "out") == NEW
 
 
-PUBLISH = """
-import os
-from pathlib import Path
-from abliterate.checkpoint import output
-from abliterate.checkpoint.output import staged
-from abliterate.checkpoint.workfolder import WorkFolder
+def publishing(out: Path, step: str, overwrite: bool) -> None:
+    """Publishes, and ends this process at that step as a kill would."""
+    real_rename, real_remove = Path.rename, WorkFolder.remove
 
-out, step = Path({out!r}), {step!r}
-real_rename, real_remove, real_clear = Path.rename, WorkFolder.remove, WorkFolder.clear
+    def rename(path: Path, target: Path) -> Path:
+        result = real_rename(path, target)
+        if step == ("moved aside" if path == out else "moved in"):
+            os._exit(9)
+        return result
 
-def rename(path, target):
-    result = real_rename(path, target)
-    if step == ("moved aside" if path == out else "moved in"):
-        os._exit(9)
-    return result
+    def remove(work: WorkFolder) -> None:
+        if step == "while cleaning":
+            work.clear()
+        if step in ("before cleaning", "while cleaning"):
+            os._exit(9)
+        real_remove(work)
 
-def remove(work):
-    if step == "before cleaning":
-        os._exit(9)
-    if step == "while cleaning":
-        real_clear(work)
-        os._exit(9)
-    real_remove(work)
+    Path.rename, WorkFolder.remove = rename, remove  # type: ignore[method-assign]
+    try:
+        with staged(out, overwrite=overwrite, inputs=[]) as staging:
+            fill(staging.folder)
+            staging.work.journal.write_text("{}")
+            if step == "before":
+                os._exit(9)
+            staging.publish()
+        os._exit(0)
+    finally:
+        os._exit(1)
 
-Path.rename, WorkFolder.remove = rename, remove
-with staged(out, overwrite={overwrite}, inputs=[]) as staging:
-    for name in ("config.json", "sub/code.py"):
-        (staging.folder / name).parent.mkdir(exist_ok=True)
-        (staging.folder / name).write_bytes(b"new")
-    staging.work.journal.write_text("{{}}")
-    if step == "before":
-        os._exit(9)
-    staging.publish()
-"""
 
 WORK = """
 import sys, time
