@@ -66,6 +66,8 @@ def limited(size: int | None) -> Iterator[tuple[str, Callable[[], None] | None]]
         return
     for root, limit in (("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")):
         group = Path(root) / f"abliterate-benchmark-{os.getpid()}"
+        if not (Path(root) / limit).exists() and not (Path(root) / "cgroup.procs").exists():
+            continue
         try:
             group.mkdir()
             (group / limit).write_text(str(size))

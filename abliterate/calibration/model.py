@@ -230,14 +230,16 @@ class LanguageModel:
     def _generate(self, prompts: Sequence[Tokens], plain: GenerationConfig) -> list[list[int]]:
         """Greedy token ids of one batch's completions; without a cache where the architecture's own fails."""
         inputs = pad(prompts, self.device, left=True)
-        try:
-            with failing(self.model):
-                output: Tensor = self.model.generate(**inputs, generation_config=plain)
-        except CalibrationError as error:
-            log.info("generating without a cache: %s", error)
-            plain.use_cache = False
-            with failing(self.model):
-                output = self.model.generate(**inputs, generation_config=plain)
+        # transformers hands the head a slice, for which torch would copy the head's weights once a prompt.
+        with on_input(self.head, Tensor.contiguous):
+            try:
+                with failing(self.model):
+                    output: Tensor = self.model.generate(**inputs, generation_config=plain)
+            except CalibrationError as error:
+                log.info("generating without a cache: %s", error)
+                plain.use_cache = False
+                with failing(self.model):
+                    output = self.model.generate(**inputs, generation_config=plain)
         found: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
         return found
 

@@ -1,9 +1,12 @@
 """Tensors that outgrow memory: in files without names, mapped, so that the system can put them out of memory."""
 
+import ctypes
+import functools
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +34,21 @@ def mapped(folder: Path, size: int) -> Tensor:
         finally:
             os.close(fd)
             Path(name).unlink()
+
+
+def give_back() -> None:
+    """Has the C library return what it holds of freed memory; else that of one layer may lie beside the next one's."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # another C library than glibc
+        return None
 
 
 @dataclass(frozen=True)

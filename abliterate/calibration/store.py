@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from abliterate.architecture.blueprint import Place, model_class, quiet, read_blueprint, read_config
 from abliterate.architecture.conversion import Filler
-from abliterate.calibration.spool import mapped
+from abliterate.calibration.spool import give_back, mapped
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import Header
 from abliterate.checkpoint.read import iter_blocks, open_shard
@@ -108,6 +108,7 @@ class LayerStore:
             torch.cuda.synchronize(self._device)  # what was queued still reads the weights
         for place in self._groups[index].empty:
             place.put()
+        give_back()
 
     def _prepare(self, index: int) -> None:
         """Gets what comes next: into memory in another thread, or at least off the disk, while this layer computes."""
