@@ -21,7 +21,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
-from abliterate.checkpoint import output, rewrite
+from abliterate.checkpoint import output, rewrite, shard
 from tests import pico
 from tests.commandline import Ran, names, run, run_here, snapshot, start
 
@@ -483,8 +483,8 @@ def raising_for(method: str, file: str) -> Patch:
 
 STAGES: dict[str, Patch] = {
     "the folder": raising(output, "held"),
-    "an edited tensor": raising(rewrite, "write_all"),
-    "a copied tensor": raising(rewrite, "copy_range"),
+    "an edited tensor": raising(shard, "write_all"),
+    "a copied tensor": raising(shard, "copy_range"),
     "the index": raising(rewrite, "_write_index"),
     "the flush": raising(rewrite, "sync"),
     "the files carried over": raising(shutil, "copyfile"),

@@ -204,9 +204,9 @@ def test_verify_a_model_that_was_not_converted(base: Path, converted: Path) -> N
 def test_a_certificate_that_fails_is_told(
     base: Path, given_direction: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from abliterate.edit import edits
+    from abliterate.edit import projections
 
-    monkeypatch.setattr(edits.Projection, "_edited", lambda self, values, u, along: values.to(self._working))
+    monkeypatch.setattr(projections.LocalProjection, "apply", lambda self, rows, block: block.clone())
     ran = run_here("convert", base, tmp_path / "out", *given_direction, "--json")
     assert ran.code == 1
     assert re.fullmatch(r"error: certificate failed: .*; see .*out\.failed\n", ran.err)

@@ -56,8 +56,8 @@ class Crew:
             for future in as_completed(futures):
                 future.result()
         except BaseException as error:
-            for future in futures:
-                future.cancel()
+            # None is cancelled: of a queue that is emptied nobody tells those who wait. Stopped pieces end at once.
+            self._stopped.set()
             wait(futures)
             raise _reason(futures, error) from None
 
@@ -72,7 +72,7 @@ class Crew:
     def stop(self) -> None:
         """Gives up what is not begun, and waits for what is."""
         self._stopped.set()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown()
 
 
 @contextmanager

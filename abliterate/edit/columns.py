@@ -10,7 +10,7 @@ from abliterate.edit.formula import Formula, is_noise
 from abliterate.edit.payers import Payers
 from abliterate.edit.sums import GROUP, CovectorSum, fold
 
-COLUMNS = 4096
+COLUMNS = 2048
 """Whose payers are settled together: a bound on memory, columns do not depend on each other."""
 
 
@@ -19,7 +19,7 @@ class ColumnEdit:
 
     def __init__(self, formula: Formula) -> None:
         self._formula, self._payers = formula, formula.payers
-        self._hidden, self._u = len(formula.v), formula.u.to(formula.working)[:, None]
+        self._hidden, self._u = len(formula.v), formula.column_u
         self._feedback = formula.feedback
         self._suspects = torch.empty(0, dtype=torch.long)
         self._forget()
@@ -109,7 +109,7 @@ class ColumnEdit:
             edited[:, self._suspects] = some.masked_fill_(is_noise(values[:, self._suspects], some), 0.0)
         stored.copy_(edited)
         wrong.copy_(stored)
-        wrong.sub_(edited).mul_(self._others[group])
+        wrong.sub_(edited).mul_(self._formula.column_others[group, None])
         if group.stop % GROUP == 0 or group.stop == self._hidden:
             number = group.start // GROUP
             self._debt.mul_(self._feedback[number][1]).add_(fold(self._terms[1, : group.stop - number * GROUP]))
@@ -118,7 +118,6 @@ class ColumnEdit:
 
     def _forget(self) -> None:
         """Holds nothing of the matrix: edits of a whole checkpoint live side by side."""
-        self._sum = CovectorSum(self._formula.v, self._formula.working)
-        self._others = torch.empty(0) if self._payers is None else self._payers.others.float()[:, None]
+        self._sum = CovectorSum(self._formula.column_v, self._formula.working)
         self._along = self._taken = self._held = self._terms = self._debt = torch.empty(0)
         self._suspects = torch.empty(0, dtype=torch.long)

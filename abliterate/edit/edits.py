@@ -7,7 +7,7 @@ from abliterate.architecture.covector import gain_of, pull_back
 from abliterate.architecture.writer import Path, Plan, Writer
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.read import iter_blocks, read_tensor
-from abliterate.edit.projections import Projection, projection
+from abliterate.edit.projections import Formulas, Projection, projection
 from abliterate.edit.projector import Projector, make_projector, span_projector
 from abliterate.errors import EditError
 
@@ -81,15 +81,18 @@ def build_edits(
         EditError: the direction does not fit, or a stored copy of the tied head differs from the embedding.
     """
     projectors = Projectors(checkpoint, plan.hidden_size, direction)
-    edits = {
-        writer.tensor: projection(checkpoint.tensors[writer.tensor], writer.axis, projectors.of(writer), strength)
-        for writer in plan.writers
-    }
+    formulas: Formulas = {}
+
+    def edit(tensor: str, writer: Writer) -> Projection:
+        info = checkpoint.tensors[tensor]
+        return projection(info, writer.axis, projectors.of(writer), strength, formulas=formulas)
+
+    edits = {writer.tensor: edit(writer.tensor, writer) for writer in plan.writers}
     if plan.head_copy:
         _check_copy(checkpoint, plan)
     edited = plan.embedding_writer
     if plan.head_copy and not untie and edited is not None:
-        edits[plan.head] = projection(checkpoint.tensors[plan.head], edited.axis, projectors.of(edited), strength)
+        edits[plan.head] = edit(plan.head, edited)
     return edits
 
 

@@ -15,7 +15,7 @@ NOISE = 8
 
 
 class Formula:
-    """The edit of one tensor, as arithmetic.
+    """The edit of all tensors of a dtype that have one projector, as arithmetic.
 
     Args:
         projector: u and v [hidden].
@@ -28,6 +28,7 @@ class Formula:
         u, v: [hidden] fp64, strength times u.
         working: what elements are computed in.
         payers: the rows along the hidden axis that pay for the rounding of the others; None where nothing is paid.
+        column_u: u [hidden, 1] in the dtype to work in. `column_v`, `column_others`: v, and v without the payers.
     """
 
     def __init__(self, projector: Projector, strength: float, dtype: torch.dtype, directional: bool) -> None:
@@ -37,6 +38,9 @@ class Formula:
         self.strength = strength
         self.working = torch.float32 if directional else torch.float64
         self.payers = Payers(self.v, dtype) if directional else None
+        self.column_u = self.u.to(self.working)[:, None]
+        self.column_v = self.v.to(self.working)
+        self.column_others = self.column_v if self.payers is None else self.payers.others.to(self.working)
         own = self.v[:0] if self.payers is None else self.u[self.payers.rows]
         self._little = own.abs().float() * (2 * NOISE * torch.finfo(self.working).eps)
 

@@ -17,6 +17,9 @@ from abliterate.edit.span import SpanEdit
 from abliterate.edit.sums import tree_sum
 from abliterate.errors import EditError
 
+Formulas = dict[tuple[int, torch.dtype], Formula]
+"""By the projector, which must outlive them, and the dtype that is stored."""
+
 
 class Projection(ABC):
     """W <- W - strength * u (v.W) along the hidden axis of one tensor, stored in the tensor's dtype.
@@ -132,7 +135,12 @@ class SpanProjection(Projection):
 
 
 def projection(
-    info: TensorInfo, axis: int, projector: Projector, strength: float = 1.0, directional: bool = True
+    info: TensorInfo,
+    axis: int,
+    projector: Projector,
+    strength: float = 1.0,
+    directional: bool = True,
+    formulas: Formulas | None = None,
 ) -> Projection:
     """The edit of one tensor.
 
@@ -140,6 +148,7 @@ def projection(
         axis: the hidden axis.
         strength: 1 removes the direction; less leaves a share of it.
         directional: for bf16 and fp16, round so that nothing along the direction comes back; False rounds to nearest.
+        formulas: of the other tensors that this strength is for, to share with; experts come by the thousand.
 
     Raises:
         EditError: the tensor does not fit the projector, or its dtype cannot be edited.
@@ -152,7 +161,8 @@ def projection(
     directional = directional and dtype in FEW_BITS
     if projector.form == "span":
         return SpanProjection(info, axis, projector, strength, directional)
-    formula = Formula(projector, strength, dtype, directional)
+    shared, key = {} if formulas is None else formulas, (id(projector), dtype)
+    formula = shared[key] if key in shared else shared.setdefault(key, Formula(projector, strength, dtype, directional))
     if len(info.shape) == 1:
         return BiasProjection(info, formula, projector.form)
     if axis == 0:
