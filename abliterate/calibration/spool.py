@@ -13,6 +13,8 @@ from torch import Tensor
 
 from abliterate.checkpoint.diskio import disk_errors
 
+_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of glibc's malloc.h."""
 LEAST_BYTES = 64 << 10
 """What is smaller stays in memory: a mapping of its own would cost more."""
 
@@ -36,18 +38,26 @@ def mapped(folder: Path, size: int) -> Tensor:
             Path(name).unlink()
 
 
+def be_frugal() -> None:
+    """Has the C library take large pieces of memory from the system, and return each as soon as it is freed."""
+    library = _glibc()
+    if library is not None:
+        library.mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
 def give_back() -> None:
-    """Has the C library return what it holds of freed memory; else that of one layer may lie beside the next one's."""
-    trim = _trim()
-    if trim is not None:
-        trim(0)
+    """Has it return what else it holds of freed memory: that of one layer would lie beside the next one's."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
 
 
 @functools.cache
-def _trim() -> Any:
+def _glibc() -> Any:
     try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library than glibc
+        library = ctypes.CDLL(None)
+        return library if library.malloc_trim and library.mallopt else None
+    except (OSError, AttributeError, TypeError):  # another C library
         return None
 
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from abliterate.architecture.blueprint import Place, model_class, quiet, read_blueprint, read_config
 from abliterate.architecture.conversion import Filler
-from abliterate.calibration.spool import give_back, mapped
+from abliterate.calibration.spool import be_frugal, give_back, mapped
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import Header
 from abliterate.checkpoint.read import iter_blocks, open_shard
@@ -71,6 +71,7 @@ class LayerStore:
         ahead: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
+        be_frugal()
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
         self.model = empty_model(checkpoint, dtype, trust_remote_code)
         self.layers: list[nn.Module] = [self.model.get_submodule(name) for name in layer_names]

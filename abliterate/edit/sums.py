@@ -11,8 +11,8 @@ from abliterate.errors import EditError
 
 GROUP = 32
 """Rows that are added up before they go into the running total; counted from row 0, not from where a block starts."""
-PART = 1 << 18
-"""Elements that are worked on together: two buffers of that many in fp32 stay in the cache of a core."""
+PART = 1 << 19
+"""Elements that are worked on together: enough for what every operation costs beside its work to be little."""
 NARROW = 8
 """What is left of rows is turned round to be added up: operations on shorter rows are slow."""
 
