@@ -228,9 +228,21 @@ def test_a_reader_that_goes_away() -> None:
     ("raised", "code", "message"),
     [
         (AbliterateError("what\nis  wrong"), 1, "error: what is wrong\n"),
-        (MemoryError(), 1, "error: out of memory; a smaller --batch-size or --dtype bfloat16 needs less\n"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "error: out of memory; a smaller"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "error: out of memory; a smaller"),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory; --memory streamed, a smaller --batch-size or --dtype bfloat16 needs less\n",
+        ),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+            1,
+            "error: out of memory; --memory streamed, a smaller",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            1,
+            "error: out of memory; --memory streamed, a smaller",
+        ),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 1, "error: a.txt: No such file or directory\n"),
         (OSError("odd"), 1, "error: odd\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted: nothing was written\n"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from abliterate import conversion, identity
-from abliterate.checkpoint import rewrite
+from abliterate.checkpoint import shard
 from abliterate.checkpoint.workfolder import WorkFolder, held
 from abliterate.errors import CheckpointError
 from abliterate.journal import Journal
@@ -376,7 +376,7 @@ def test_a_disk_that_fills_up_in_the_second_shard(
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch:
-        patch.setattr(rewrite, "write_all", full)
+        patch.setattr(shard, "write_all", full)
         ran = run_here(*command(base, stopped, recipe))
     assert ran.code == 1 and "disk full (No space left on device)" in ran.err
     assert done_shard(stopped / WORK).read_bytes() == kept

@@ -35,7 +35,7 @@ class WorkFolder:
     @classmethod
     def of(cls, out: Path) -> "WorkFolder":
         """The one work folder of an OUT whose links are resolved."""
-        return cls(out.with_name(f".{out.name}.abliterate-work"), out)
+        return cls(out.parent / f".{out.name}.abliterate-work", out)
 
     @property
     def new(self) -> Path:
