@@ -414,3 +414,35 @@ def test_one_run_at_an_out_says_nothing_of_others(
     assert "stopped" not in run_here(*command(base, room, recipe, "--dry-run")).out
     assert run_here(*command(base, room, recipe, "--no-evaluate")).code == 0
     assert not [text for text in caplog.messages if "continu" in text or "removed" in text or "kept" in text]
+
+
+def test_where_weights_are_makes_no_difference(
+    base: Path, stopped: Path, room: Path, recipe: Path, undisturbed: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Streamed from the first to the last, and streamed after what began in memory."""
+    for place in (room.parent / "other", stopped):
+        place.mkdir(exist_ok=True)
+        ran = run_here(*command(base, place, recipe, "--memory", "streamed"))
+        assert ran.code == 0
+        assert re.search(r"each of up to 2 new tokens reads .* --max-new-tokens", caplog.text)
+        assert snapshot(place / "out") == undisturbed
+
+
+def test_fewer_new_tokens_are_another_conversion(base: Path, stopped: Path, recipe: Path) -> None:
+    ran = run_here(*command(base, stopped, recipe, "--max-new-tokens", "1"))
+    assert ran.code == 1 and "max_new_tokens is 1, was null" in ran.err
+    assert run_here(*command(base, stopped, recipe, "--max-new-tokens", "1", "--overwrite")).code == 0
+    manifest = json.loads((stopped / "out" / "abliteration.json").read_text())
+    assert manifest["evaluation"]["edited"]["max_new_tokens"] == 1 and "--max-new-tokens 1" in str(manifest)
+
+
+def test_a_dry_run_says_where_weights_would_be(base: Path, room: Path, recipe: Path) -> None:
+    for memory, said in (("auto", "kept in memory"), ("streamed", "streamed layer by layer"), ("1MB", "do not fit")):
+        ran = run_here(*command(base, room, recipe, "--dry-run", "--memory", memory))
+        assert ran.code == 0 and said in ran.out and names(room) == []
+
+
+@pytest.mark.parametrize("memory", ["lots", "-1", "0GB", ""])
+def test_a_memory_that_is_none(base: Path, room: Path, recipe: Path, memory: str) -> None:
+    ran = run_here(*command(base, room, recipe, "--memory", memory))
+    assert ran.code == 2 and "a size such as 16GB" in ran.err and names(room) == []
