@@ -21,7 +21,7 @@ from abliterate.calibration.spool import be_frugal, give_back, mapped
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import Header
 from abliterate.checkpoint.read import iter_blocks, open_shard
-from abliterate.errors import CheckpointError, first_line
+from abliterate.errors import AbliterateError, CheckpointError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class LayerStore:
         self._held, self._kept = held, set[int]()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layers") if ahead else None
         self._coming: dict[int, Future[None]] = {}
+        self._at = 0
         self._copies = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.bytes_read = 0
         self._fill_beside(beside, places, scratch)
@@ -99,7 +100,8 @@ class LayerStore:
                 self._fill_layer(index)
         if index < self._held:
             self._kept.add(index)
-        self._prepare((index + 1) % len(self._groups))
+        step, self._at = -1 if index == self._at - 1 else 1, index
+        self._prepare((index + step) % len(self._groups))
 
     def release(self, index: int) -> None:
         """See `Weights`."""
@@ -107,12 +109,18 @@ class LayerStore:
             return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # what was queued still reads the weights
+        self._drop(index)
+
+    def _drop(self, index: int) -> None:
         for place in self._groups[index].empty:
             place.put()
         give_back()
 
     def _prepare(self, index: int) -> None:
         """Gets what comes next: into memory in another thread, or at least off the disk, while this layer computes."""
+        for other in self._coming.keys() - {index}:
+            self._coming.pop(other).result()
+            self._drop(other)
         if index in self._kept or index in self._coming:
             return
         if self._thread is None:
@@ -132,7 +140,12 @@ class LayerStore:
             shards = {shard.path: shard for shard in map(self._checkpoint.shard_of, names)}
             opened = {path: stack.enter_context(_opened(shard)) for path, shard in shards.items()}
             slices = {name: opened[self._checkpoint.shard_of(name).path].get_slice(name) for name in names}
-            self._filler.fill(slices, self._device)
+            try:
+                self._filler.fill(slices, self._device)
+            except (AbliterateError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # transformers' conversion raises errors of every kind
+                raise CheckpointError(f"{self._checkpoint.folder} cannot be streamed: {first_line(error)}") from error
         self.bytes_read += sum(self._checkpoint.tensors[name].nbytes for name in names)
 
     def _announce(self, names: Sequence[str]) -> None:

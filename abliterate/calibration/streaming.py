@@ -1,7 +1,8 @@
 """From a checkpoint to a model whose decoder layers are streamed through memory."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def load_streamed(
     Raises:
         CheckpointError: weights are missing, or of the wrong shape.
     """
-    opener = _by_layer if usable() else _by_accelerate
-    model, runner = opener(checkpoint, plan, placement, device, dtype, scratch, trust_remote_code)
+    how = _How(checkpoint, plan, placement, device, dtype, scratch, trust_remote_code)
+    model, runner = _by_layer(how) if usable() else _by_accelerate(how)
 
     def read(name: str) -> torch.Tensor:
         return read_tensor(checkpoint.shard_of(name), checkpoint.tensors[name]).to(dtype)
@@ -56,51 +57,46 @@ def load_streamed(
     return LanguageModel(model, tokenizer, stream, head_of(model, plan), batch_size or prompts_a_pass(device), runner)
 
 
-Opener = Callable[[Checkpoint, Plan, Placement, torch.device, torch.dtype, Path, bool], tuple[Any, Runner]]
+@dataclass(frozen=True)
+class _How:
+    """What is loaded, and how; see `load_streamed`."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    placement: Placement
+    device: torch.device
+    dtype: torch.dtype
+    scratch: Path
+    trust_remote_code: bool
 
 
-def _by_layer(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    placement: Placement,
-    device: torch.device,
-    dtype: torch.dtype,
-    scratch: Path,
-    trust_remote_code: bool,
-) -> tuple[Any, Runner]:
+def _by_layer(how: _How) -> tuple[Any, Runner]:
     """All prompts go through a layer together while it is in memory."""
     try:
         store = LayerStore(
-            checkpoint,
-            plan.runtime.layers,
-            dtype=dtype,
-            device=device,
-            scratch=scratch,
-            held=placement.held,
-            ahead=placement.ahead,
-            trust_remote_code=trust_remote_code,
+            how.checkpoint,
+            how.plan.runtime.layers,
+            dtype=how.dtype,
+            device=how.device,
+            scratch=how.scratch,
+            held=how.placement.held,
+            ahead=how.placement.ahead,
+            trust_remote_code=how.trust_remote_code,
         )
     except AbliterateError:
         raise
     except Exception as error:  # damaged weights and configs raise errors of many kinds, some of them plain ones
-        raise CheckpointError(f"{checkpoint.folder} cannot be streamed: {first_line(error)}") from error
-    return store.model, Streamed(store, Spool(scratch, SPOOL_BYTES))
+        raise CheckpointError(f"{how.checkpoint.folder} cannot be streamed: {first_line(error)}") from error
+    return store.model, Streamed(store, Spool(how.scratch, SPOOL_BYTES))
 
 
-def _by_accelerate(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    placement: Placement,
-    device: torch.device,
-    dtype: torch.dtype,
-    scratch: Path,
-    trust_remote_code: bool,
-) -> tuple[Any, Runner]:
+def _by_accelerate(how: _How) -> tuple[Any, Runner]:
     """Public interfaces alone: accelerate brings each layer's weights in again for every batch."""
-    model = read_blueprint(checkpoint.folder, checkpoint.config, trust_remote_code).model
-    devices = _device_map(model, plan.runtime.layers[placement.held :], device)
-    settings = {"device_map": devices, "offload_folder": str(scratch)}
-    return from_pretrained(checkpoint.folder, plan, dtype, trust_remote_code, **settings), Resident()
+    folder, trust = how.checkpoint.folder, how.trust_remote_code
+    model = read_blueprint(folder, how.checkpoint.config, trust).model
+    devices = _device_map(model, how.plan.runtime.layers[how.placement.held :], how.device)
+    settings = {"device_map": devices, "offload_folder": str(how.scratch)}
+    return from_pretrained(folder, how.plan, how.dtype, trust, **settings), Resident()
 
 
 def _device_map(model: nn.Module, layers: Sequence[str], device: torch.device) -> dict[str, Any]:

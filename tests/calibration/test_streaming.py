@@ -121,7 +121,18 @@ def test_what_outgrows_memory_waits_on_the_disk(
 
 
 @pytest.mark.parametrize(("held", "ahead"), [(0, True), (1, False), (2, True), (99, True)])
-def test_layers_may_stay_and_may_come_early(subject: Callable[..., Subject], held: int, ahead: bool) -> None:
+def test_layers_may_stay_and_may_come_early(
+    subject: Callable[..., Subject], held: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_one, most = LayerStore.load, [0]
+
+    def load_and_count(self: LayerStore, index: int) -> None:
+        load_one(self, index)
+        for coming in self._coming.values():
+            coming.result()
+        most[0] = max(most[0], sum(any(not p.is_meta for p in layer.parameters()) for layer in self.layers))
+
+    monkeypatch.setattr(LayerStore, "load", load_and_count)
     made = subject("llama", torch.float32, 3)
     expected = numbers(load(made, "resident"))
     placed = Placement(True, held=held, ahead=ahead)
@@ -130,6 +141,7 @@ def test_layers_may_stay_and_may_come_early(subject: Callable[..., Subject], hel
         tokenizer=Tokenizer(),
     )  # fmt: skip
     assert not same(expected, numbers(model))
+    assert most[0] <= held + 1 + ahead, "beside those that stay, the one that computes and the next one"
     kept = [any(not p.is_meta for p in layer.parameters()) for layer in model.stream.layers]
     assert kept[: min(held, 3)] == [True] * min(held, 3)
     assert sum(kept) <= held + ahead, "beside those that stay, the one that comes next"
@@ -219,6 +231,20 @@ def test_a_shard_that_changed_or_went_is_one_line(subject: Callable[..., Subject
         list(model.forward(PROMPTS))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
     assert not any(module._forward_hooks for module in model.model.modules())
+
+
+def test_whatever_a_conversion_raises_is_one_line(
+    subject: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(subject("llama"), "streamed")
+
+    def broken(*_: Any) -> None:
+        raise KeyError("layers\n.1")
+
+    monkeypatch.setattr(conversion.Filler, "fill", broken)
+    with pytest.raises(CheckpointError, match="cannot be streamed") as caught:
+        model.generate(PROMPTS, 2)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_bar_goes_by_layers(subject: Callable[..., Subject]) -> None:
