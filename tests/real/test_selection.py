@@ -15,7 +15,7 @@ import pytest
 
 RECIPE = """
 name: fewer prompts
-calibration: {train: 64, validation: 12, test: 1}
+calibration: {{train: {}, validation: {}, test: 1}}
 """
 LIMIT = 800 << 20
 """Of memory: less than the subject and the libraries need together."""
@@ -33,9 +33,10 @@ class Found:
     said: str
 
 
-def find(subject: Path, place: Path, *words: str, limit: int | None = None) -> Found:
+def find(subject: Path, place: Path, *words: str, prompts: tuple[int, int], limit: int | None = None) -> Found:
+    """With so many prompts of each set to train and to validate on."""
     place.mkdir()
-    (place / "recipe.yaml").write_text(RECIPE)
+    (place / "recipe.yaml").write_text(RECIPE.format(*prompts))
     out = place / "direction.safetensors"
     command = [sys.executable, "-m", "abliterate", "direction", str(subject), "-o", str(out), "--json", *words]
 
@@ -44,7 +45,7 @@ def find(subject: Path, place: Path, *words: str, limit: int | None = None) -> F
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     process = subprocess.Popen(
-        [*command, "--recipe", str(place / "recipe.yaml"), "--dtype", "float32"],
+        [*command, "--recipe", str(place / "recipe.yaml")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=enter,
         env=os.environ | {"TMPDIR": str(place)},
     )  # fmt: skip
@@ -70,24 +71,24 @@ def _watch(pid: int, peak: list[int]) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def screened(subject: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return find(subject, tmp_path_factory.mktemp("screened") / "in memory", "--memory", "resident")
-
-
-def test_the_screened_pick_is_the_exhaustive_one(screened: Found, subject: Path, tmp_path: Path) -> None:
-    exhaustive = find(subject, tmp_path / "exhaustive", "--exhaustive").selection
-    assert (screened.selection["method"], exhaustive["method"]) == ("screened", "exhaustive")
-    places = [[found["pick"][key] for key in ("position", "layer")] for found in (screened.selection, exhaustive)]
+def test_the_screened_pick_is_the_exhaustive_one(subject: Path, tmp_path: Path) -> None:
+    screened, exhaustive = (
+        find(subject, tmp_path / name, *words, prompts=(64, 12)).selection
+        for name, words in (("screened", ()), ("exhaustive", ("--exhaustive",)))
+    )
+    assert (screened["method"], exhaustive["method"]) == ("screened", "exhaustive")
+    places = [[found["pick"][key] for key in ("position", "layer")] for found in (screened, exhaustive)]
     assert places[0] == places[1]
-    assert screened.selection["forward_passes"] <= exhaustive["forward_passes"] / 5
-    assert screened.selection["relaxed"] == exhaustive["relaxed"]
+    assert screened["forward_passes"] <= exhaustive["forward_passes"] / 5
+    assert screened["relaxed"] == exhaustive["relaxed"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are the system's own")
-def test_streamed_under_a_limit_the_direction_is_the_same(screened: Found, subject: Path, tmp_path: Path) -> None:
+def test_streamed_under_a_limit_the_direction_is_the_same(subject: Path, tmp_path: Path) -> None:
     """The limit alone has it streamed, and it stays far below what the weights take."""
-    streamed = find(subject, tmp_path / "streamed", limit=LIMIT)
+    few, words = (12, 3), ("--dtype", "float32")
+    streamed = find(subject, tmp_path / "streamed", *words, prompts=few, limit=LIMIT)
     assert "streamed through memory layer by layer" in streamed.said
-    assert streamed.file == screened.file and streamed.selection == screened.selection
-    assert streamed.anonymous <= LARGEST_LAYER + 500e6 < screened.anonymous
+    resident = find(subject, tmp_path / "resident", *words, "--memory", "resident", prompts=few)
+    assert streamed.file == resident.file and streamed.selection == resident.selection
+    assert streamed.anonymous <= LARGEST_LAYER + 500e6 < resident.anonymous
