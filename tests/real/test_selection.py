@@ -73,7 +73,7 @@ def _watch(pid: int, peak: list[int]) -> None:
 
 def test_the_screened_pick_is_the_exhaustive_one(subject: Path, tmp_path: Path) -> None:
     screened, exhaustive = (
-        find(subject, tmp_path / name, *words, prompts=(64, 12)).selection
+        find(subject, tmp_path / name, *words, prompts=(32, 8)).selection
         for name, words in (("screened", ()), ("exhaustive", ("--exhaustive",)))
     )
     assert (screened["method"], exhaustive["method"]) == ("screened", "exhaustive")
