@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from abliterate.architecture.blueprint import blueprint_of, quiet, read_blueprint
+from abliterate.architecture.conversion import quiet_transformers
 from abliterate.architecture.entry import Entry
 from abliterate.architecture.plan import plan_architecture
 from abliterate.architecture.prepared import some_tokens
@@ -22,7 +23,6 @@ from abliterate.architecture.shrink import HIDDEN
 from abliterate.architecture.table import read_family
 from abliterate.architecture.twin import build_twin, twin_config
 from abliterate.architecture.writer import Plan
-from abliterate.calibration.load import quiet_transformers
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.tour import find_stream, run
 from abliterate.certify.stream import measure_stream

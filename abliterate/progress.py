@@ -1,5 +1,6 @@
 """Progress bars on stderr: shown on a terminal, silent when piped or when the user asks for quiet."""
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,17 @@ class Advance(Protocol):
 
     def __call__(self, amount: int = 1, /) -> object:
         """Advances."""
+
+
+def from_any_thread(advance: Advance) -> Advance:
+    """The same bar, moved by several threads."""
+    lock = threading.Lock()
+
+    def locked(amount: int = 1, /) -> None:
+        with lock:
+            advance(amount)
+
+    return locked
 
 
 @dataclass(frozen=True)

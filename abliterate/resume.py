@@ -1,16 +1,17 @@
 """A conversion that was stopped is continued, unless it is another one; what it left is checked before it is used."""
 
 import errno
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoint.files import Checkpoint
+from abliterate.checkpoint.hashing import file_sha256
 from abliterate.checkpoint.output import Staging, staged
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.checkpoint.target import resolved
@@ -18,10 +19,9 @@ from abliterate.checkpoint.workfolder import WorkFolder, in_use
 from abliterate.errors import AbliterateError, OutputError
 from abliterate.identity import what_differs
 from abliterate.journal import Journal, JournalError, read_journal
-from abliterate.progress import SILENT, Progress
+from abliterate.progress import SILENT, Progress, from_any_thread
 
 log = logging.getLogger(__name__)
-BUFFER_BYTES = 1 << 20
 PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM})
 """What is of this machine and this moment, and not of the input."""
 
@@ -123,30 +123,18 @@ def _recheck(journal: Journal, checkpoint: Checkpoint, progress: Progress) -> li
     records = {shard.path: journal.all_shards.get(shard.path.name) for shard in checkpoint.shards}
     total = sum(2 * record.bytes for record in records.values() if record)
     with progress.bar("check shards", total, "B") as advance, ThreadPoolExecutor(2) as threads:
+        count = from_any_thread(advance)
         for source, record in records.items():
             if record is None:
                 continue
             target = journal.work.new / record.name
-            before, after = threads.map(_sha256, (source, target))
-            advance(2 * record.bytes)
+            before, after = threads.map(partial(file_sha256, advance=count), (source, target))
             if record.sha256_in is not None and before != record.sha256_in:
                 changed.append(record.name)
             elif record.sha256_out is None or after != record.sha256_out:
                 log.warning("%s is not as it was written: it is written again", target)
                 journal.drop_shard(record.name)
     return changed
-
-
-def _sha256(path: Path) -> str | None:
-    """The hash of a file; None where there is none."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(BUFFER_BYTES):
-                digest.update(block)
-    except OSError:
-        return None
-    return digest.hexdigest()
 
 
 def keep_only(folder: Path, shards: Mapping[str, ShardRecord]) -> None:

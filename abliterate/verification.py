@@ -1,6 +1,5 @@
 """`abliterate verify`: the certificate measured again on the files, and the manifest's hashes against them."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from abliterate.certify.certificate import Certificate
 from abliterate.checkpoint.files import DIRECTION_FILE
+from abliterate.checkpoint.hashing import file_sha256
 from abliterate.checkpoint.regular import is_file
 from abliterate.direction.files import load_direction
 from abliterate.errors import CheckpointError
@@ -16,8 +16,6 @@ from abliterate.progress import Progress
 from abliterate.proving import assemble, certify_stream, stream_text, tongue_of
 from abliterate.publish.manifest import MANIFEST_NAME, read_manifest
 from abliterate.subject import RunOptions, Subject, open_subject
-
-CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,5 @@ def mismatches(folder: Path, hashes: Mapping[str, str], progress: Progress) -> t
 
 def _sha256(folder: Path, name: str, progress: Progress) -> str | None:
     path = folder / Path(name).name
-    if not is_file(path):
-        return None
-    digest = hashlib.sha256()
-    with path.open("rb") as file, progress.bar(f"hash {path.name}", path.stat().st_size, "B") as advance:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            advance(len(chunk))
-    return digest.hexdigest()
+    with progress.bar(f"hash {path.name}", path.stat().st_size if is_file(path) else 0, "B") as advance:
+        return file_sha256(path, advance)

@@ -68,7 +68,7 @@ def _tried() -> str | None:
 def steps_of(model: Any) -> tuple[list[Any], list[Any]]:
     """Renamings and converters that stored names go through on their way into the model, each in order.
 
-    None where that cannot be told: stored names are then taken to be the model's own.
+    Both empty where that cannot be told: stored names are then taken to be the model's own.
     """
     if _CHANGED is not None:
         return [], []
@@ -106,7 +106,7 @@ class Filler:
         settings = LoadStateDictConfig(
             weight_mapping=self._mapping, dtype=self._dtype, dtype_plan=dict(self._plan), device_map=devices
         )
-        with _no_bars():
+        with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), settings)
         for problems in (info.conversion_errors, info.mismatched_keys, info.error_msgs):
             if problems:
@@ -114,7 +114,8 @@ class Filler:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' own progress bars out of ours."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,6 +1,6 @@
 """What an architecture says about a checkpoint: its residual writers, and the role of every tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -56,6 +56,16 @@ class TensorRole:
     name: str
     role: Role
     reason: str
+
+
+def layer_of(parameter: str, layers: Collection[str]) -> str | None:
+    """Of modules that are decoder layers, by name, the outermost that a parameter lies in; None where it is in none."""
+    end = parameter.find(".")
+    while end >= 0:
+        if parameter[:end] in layers:
+            return parameter[:end]
+        end = parameter.find(".", end + 1)
+    return None
 
 
 @dataclass(frozen=True)

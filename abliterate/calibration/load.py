@@ -1,8 +1,6 @@
 """From a checkpoint folder to a model in memory, with nothing missing and nothing made up."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
+from abliterate.architecture.conversion import quiet_transformers
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.tour import find_stream
@@ -44,18 +42,6 @@ def _cpu_has_bfloat16() -> bool:
     capabilities = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return bool(native) and "AVX512" in capabilities
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' own progress bars out of ours."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

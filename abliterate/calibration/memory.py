@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from abliterate.architecture.writer import layer_of
 from abliterate.sizes import shown
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def need_of(shapes: Mapping[str, Sequence[int]], layers: Sequence[str], itemsize
     beside = 0
     for name, shape in shapes.items():
         size = torch.Size(shape).numel() * itemsize
-        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+        layer = layer_of(name, each)
         if layer is None:
             beside += size
         else:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor
 
-from abliterate.calibration.load import quiet_transformers
+from abliterate.architecture.conversion import quiet_transformers
 from abliterate.errors import CalibrationError, first_line
 
 SIDE = 224

@@ -10,7 +10,7 @@ from torch import nn
 
 from abliterate.calibration.hooks import first_tensor, replace_first
 from abliterate.calibration.lockstep import Call, Layer, Weights, lockstep
-from abliterate.calibration.spool import Spool
+from abliterate.calibration.spool import Spool, frugal
 from abliterate.progress import SILENT, Advance, Progress
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class Streamed:
     def run(self, calls: Sequence[Call[T]], bar: Bar) -> Iterator[tuple[int, T]]:
         """See `Runner`."""
         layers, read, start = len(self.store.layers), self.store.bytes_read, time.monotonic()
-        with bar.progress.bar(bar.description, layers * bar.steps, "layer") as advance:
+        with frugal(), bar.progress.bar(bar.description, layers * bar.steps, "layer") as advance:
             counted = _Counting(self.store, advance)
             visit = _Spilling(self.spool, len(calls), layers) if self.spool else None
             yield from lockstep(counted, calls, visit)

@@ -4,6 +4,8 @@ import ctypes
 import functools
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +40,21 @@ def mapped(folder: Path, size: int) -> Tensor:
             Path(name).unlink()
 
 
-def be_frugal() -> None:
-    """Has the C library take large pieces of memory from the system, and return each as soon as it is freed."""
+@contextmanager
+def frugal() -> Iterator[None]:
+    """Has the C library take large pieces of memory from the system, and return each as soon as it is freed.
+
+    Afterwards it keeps them for the next time, up to the size that it comes to keep by itself.
+    """
     library = _glibc()
-    if library is not None:
-        library.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    if library is None:
+        yield
+        return
+    library.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        library.mallopt(_MMAP_THRESHOLD, 32 << 20)
 
 
 def give_back() -> None:

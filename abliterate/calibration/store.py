@@ -17,7 +17,8 @@ from transformers import GenerationConfig
 
 from abliterate.architecture.blueprint import Place, model_class, quiet, read_blueprint, read_config
 from abliterate.architecture.conversion import Filler
-from abliterate.calibration.spool import be_frugal, give_back, mapped
+from abliterate.architecture.writer import layer_of
+from abliterate.calibration.spool import give_back, mapped
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import Header
 from abliterate.checkpoint.read import iter_blocks, open_shard
@@ -71,7 +72,6 @@ class LayerStore:
         ahead: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        be_frugal()
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
         self.model = empty_model(checkpoint, dtype, trust_remote_code)
         self.layers: list[nn.Module] = [self.model.get_submodule(name) for name in layer_names]
@@ -160,7 +160,8 @@ class LayerStore:
 
     def _fill_beside(self, names: Sequence[str], places: Mapping[str, Place], scratch: Path) -> None:
         """Everything that is in no layer, or in several; large matrices in mapped files, where the CPU computes."""
-        large = [name for name in names if self._can_be_mapped(name, places[name])]
+        targets = self.model.state_dict()
+        large = {name for name in names if self._can_be_mapped(name, places[name], targets)}
         for name in large:
             self._map(name, places[name].parameters[0], scratch)
         self._fill([name for name in names if name not in large])
@@ -171,11 +172,11 @@ class LayerStore:
         if missing:
             raise CheckpointError(f"{self._checkpoint.folder} does not fill its own model: missing keys {missing[0]}")
 
-    def _can_be_mapped(self, name: str, place: Place) -> bool:
+    def _can_be_mapped(self, name: str, place: Place, targets: Mapping[str, Tensor]) -> bool:
         info = self._checkpoint.tensors[name]
         if self._device.type != "cpu" or info.nbytes < MAPPED_BYTES or place.converted or len(place.parameters) != 1:
             return False
-        target = self.model.state_dict()[place.parameters[0]]
+        target = targets[place.parameters[0]]
         kept = any(pattern.replace("*", "") in place.parameters[0] for pattern in self._filler.kept)
         return not kept and tuple(target.shape) == info.shape and target.dtype == self._dtype
 
@@ -215,11 +216,11 @@ def grouped(
     model: nn.Module, layers: Sequence[str], places: Mapping[str, Place]
 ) -> tuple[tuple[Group, ...], tuple[str, ...]]:
     """The stored tensors of each layer, and those beside the layers: also what several layers share."""
-    owners: dict[int, set[str]] = {}
-    for name, tensor in _all_tensors(model):
-        owners.setdefault(id(tensor), set()).add(_layer_of(name, layers))
-    tensors = dict(_all_tensors(model))
     names: dict[str, list[str]] = {layer: [] for layer in layers}
+    owners: dict[int, set[str]] = {}
+    tensors = dict(_all_tensors(model))
+    for name, tensor in tensors.items():
+        owners.setdefault(id(tensor), set()).add(layer_of(name, names) or "")
     beside: list[str] = []
     for name, place in places.items():
         found = set[str]().union(*(owners[id(tensors[p])] for p in place.parameters if p in tensors))
@@ -247,11 +248,6 @@ def _opened(shard: Header) -> Iterator[Any]:
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def _layer_of(name: str, layers: Sequence[str]) -> str:
-    """The layer that a parameter is in; empty for none. A layer may lie within another list's entry."""
-    return next((layer for layer in layers if name.startswith(f"{layer}.")), "")
 
 
 def _slot(model: nn.Module, parameter: str) -> _Slot:

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from abliterate.architecture.covector import ReadTensor
-from abliterate.architecture.writer import Plan, Writer
+from abliterate.architecture.writer import Plan, Writer, layer_of
 from abliterate.calibration.hooks import Stream, tensors_in
 from abliterate.calibration.runner import Bar, Resident, Runner
 from abliterate.calibration.transport import Transport
@@ -94,7 +94,7 @@ def _choices(writer: Writer, plan: Plan) -> Iterator[str]:
     parameter = plan.runtime.steps.get(nearest or "") or plan.runtime.writers.get(writer.tensor)
     if parameter is None:
         return
-    top = next((layer for layer in plan.runtime.layers if parameter.startswith(f"{layer}.")), "")
+    top = layer_of(parameter, plan.runtime.layers) or ""
     name = parameter.rpartition(".")[0]
     while name and name != top:
         yield name

@@ -156,7 +156,7 @@ class _Watch:
         rows = by_row(hidden, len(self.real))
         rows = rows.expand(len(self.real), *rows.shape[1:]) if len(rows) == 1 else rows
         # Some models put tokens of their own before the prompt, or cut it in blocks: there padding is looked at too.
-        kept = rows[self.real] if rows.shape[:2] == self.real.shape else rows
+        kept = rows[self.real.to(rows.device)] if rows.shape[:2] == self.real.shape else rows
         # Hyper-connections carry several streams, side by side or one after another.
         kept = kept.detach().cpu().double().reshape(-1, len(direction))
         ratio = (kept @ direction).abs() / kept.norm(dim=-1).clamp_min(1e-30)

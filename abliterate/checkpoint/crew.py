@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -15,6 +15,10 @@ Made = TypeVar("Made")
 
 WORKERS = 4
 """At most: memory goes with them, and a few keep a disk busy."""
+
+
+LOOKS = 0.2
+"""Seconds after which the main thread looks up from waiting: a Ctrl-C just before it waits would else go unseen."""
 
 
 class StoppedError(Exception):
@@ -94,10 +98,15 @@ def each(workers: Crew, at_once: int, make: Callable[[Given], Made], given: Iter
         Exception: of the first that failed, once the others have been given up.
     """
     with ThreadPoolExecutor(at_once, thread_name_prefix="shard") as threads:
-        futures = [threads.submit(make, item) for item in given]
+        futures: list[Future[Made]] = []
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            # Work begins with the first: from here on Ctrl-C has to stop it.
+            futures += [threads.submit(make, item) for item in given]
+            waiting = set(futures)
+            while waiting:
+                finished, waiting = wait(waiting, LOOKS, FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
         except BaseException as error:
             workers.stop()
             threads.shutdown(cancel_futures=True)

@@ -7,11 +7,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from abliterate.checkpoint.read import read_exactly
+from abliterate.checkpoint.regular import is_file
 from abliterate.errors import AbliterateError
+from abliterate.progress import Advance
 
 LAG_BYTES = 512 << 20
 """How far the work may be ahead: what is hashed is then still in the page cache, not to be read from the disk again."""
-BUFFER_BYTES = 256 << 10
+BUFFER_BYTES, BLOCK_BYTES = 256 << 10, 1 << 20
 
 
 class FollowingHash:
@@ -109,6 +111,22 @@ class FollowingHash:
             if end == self._fork_at:
                 self._fork = self._hash.copy()
             self._news.notify_all()
+
+
+def file_sha256(path: Path, advance: Advance) -> str | None:
+    """The hash of a file in hexadecimal, `advance` told of every byte; None where there is none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not is_file(path):
+        return None
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
 
 
 @contextmanager

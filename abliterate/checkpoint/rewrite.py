@@ -12,7 +12,7 @@ from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import DTYPES, Header
 from abliterate.checkpoint.shard import ShardJob, ShardRecord, TensorEdit, write_shard
 from abliterate.errors import CheckpointError
-from abliterate.progress import SILENT, Advance, Progress
+from abliterate.progress import SILENT, Advance, Progress, from_any_thread
 
 __all__ = ["ShardRecord", "TensorCopy", "TensorEdit", "rewrite_checkpoint"]
 
@@ -62,7 +62,7 @@ def rewrite_checkpoint(
     needed, measured = _bytes(shards, edits, copies)
     with disk_errors(out, needed), progress.bar("rewrite", needed + measured, "B") as advance:
         check_space(out, needed)
-        count = _from_any_thread(advance)
+        count = from_any_thread(advance)
         jobs = [_job(shard, edits, copies, count, hash_files) for shard in shards]
         for record in _written(jobs, out, done):
             records[record.name] = record
@@ -114,16 +114,6 @@ def _job(
     mine = [copy for copy in copies if copy.source in shard.tensors]
     own = {name: edits[name] for name in shard.tensors if name in edits}
     return ShardJob(shard, extended_header(shard, mine), own, mine, advance, hash_files)
-
-
-def _from_any_thread(advance: Advance) -> Advance:
-    lock = threading.Lock()
-
-    def locked(amount: int = 1, /) -> None:
-        with lock:
-            advance(amount)
-
-    return locked
 
 
 def _write_index(content: bytes, final: Path) -> None:

@@ -6,6 +6,7 @@ candidates share them.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from abliterate.calibration.backward import gradients_at
 from abliterate.calibration.lockstep import Call
 from abliterate.calibration.model import LanguageModel, Tokens
+from abliterate.calibration.spool import frugal
 from abliterate.direction.score import refusal_score
 from abliterate.progress import SILENT, Progress
 
@@ -39,7 +41,8 @@ def first_order_bypass(
     ]
     together = [calls] if model.runner.streamed else [[call] for call in calls]
     total = torch.zeros(len(units), dtype=torch.float64)
-    with progress.bar("first-order screen", 2 * len(model.stream.layers) * len(together), "layer") as advance:
+    sparing = frugal() if model.runner.streamed else nullcontext()
+    with sparing, progress.bar("first-order screen", 2 * len(model.stream.layers) * len(together), "layer") as advance:
         for group in together:
             changes = _Changes(model, units.to(model.device), len(group))
             scores = gradients_at(weights, writers, group, changes.add, advance, model.runner.spool)

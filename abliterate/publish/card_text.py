@@ -212,7 +212,7 @@ def _versions(manifest: Manifest) -> str:
     commit = f" The base was at commit {code(base['commit'])}." if base["commit"] else ""
     hashes = (
         "`abliteration.json` has the SHA-256 of every file of weights that went in and came out."
-        if _hashed(manifest)
+        if manifest["output"]["hashed"]
         else "SHA-256 of the files of weights was left out (`--no-hash`), so that they cannot be told from others."
     )
     return (
@@ -221,14 +221,10 @@ def _versions(manifest: Manifest) -> str:
     )
 
 
-def _hashed(manifest: Manifest) -> bool:
-    return all(shard["sha256"] for shard in manifest["output"]["shards"])
-
-
 def _files(manifest: Manifest) -> list[str]:
     names = [shard["name"] for shard in manifest["output"]["shards"]]
     weights = code(names[0]) if len(names) == 1 else f"{code(names[0])} to {code(names[-1])} ({len(names)} files)"
-    by_hash = " by hash," if _hashed(manifest) else ""
+    by_hash = " by hash," if manifest["output"]["hashed"] else ""
     lines = [
         f"{weights}: the edited weights",
         f"`abliteration.json`: what was done to what,{by_hash} with every score and residual",
