@@ -9,7 +9,7 @@ that the arithmetic is that of a pass alone (DESIGN 5).
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -70,7 +70,8 @@ def lockstep(
                     weights.release(layer)
         finally:
             for run in waiting:
-                run.throw()
+                with _mode(gradients):  # what a pass leaves on its way out, it would else leave behind
+                    run.throw()
 
 
 def _go_on(
@@ -79,12 +80,16 @@ def _go_on(
     """Lets one pass run to its next layer; yields its result where it has come to its end."""
     waiting.pop(run, None)
     # Entered for each stretch, not within the passes: there it would be left in another order than entered.
-    with torch.enable_grad() if gradients else torch.inference_mode():
+    with _mode(gradients):
         reply = run.switch()
     if run.dead:
         yield numbers[run], reply
     else:
         waiting[run] = reply
+
+
+def _mode(gradients: bool) -> AbstractContextManager[Any]:
+    return torch.enable_grad() if gradients else torch.inference_mode()
 
 
 def _next(waiting: dict[greenlet, int]) -> int:

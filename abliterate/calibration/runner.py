@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from abliterate.calibration.hooks import first_tensor, replace_first
 from abliterate.calibration.lockstep import Call, Layer, Weights, lockstep
@@ -14,8 +15,6 @@ from abliterate.calibration.spool import Spool, frugal
 from abliterate.progress import SILENT, Advance, Progress
 
 T = TypeVar("T")
-CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
-"""Names under which layers take their cache."""
 
 
 @dataclass(frozen=True)
@@ -153,15 +152,15 @@ class _Spilling(Layer):
         """See `Layer`."""
         output = forward(*args, **kwargs)
         hidden = first_tensor(output)
-        for name in CACHES:
-            self._put_out(kwargs.get(name), index)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Cache):
+                self._put_out(value, index)
         if not self._spool.outgrows(hidden, 2 * self._calls):
             return output
         return replace_first(output, self._spool.keep(hidden))
 
-    def _put_out(self, cache: Any, index: int) -> None:
-        entries = getattr(cache, "layers", None) or ()
-        entry = entries[index] if index < len(entries) else None
+    def _put_out(self, cache: Cache, index: int) -> None:
+        entry = cache.layers[index] if index < len(cache.layers) else None
         for name in ("keys", "values"):
             value = getattr(entry, name, None)
             if isinstance(value, torch.Tensor) and self._spool.outgrows(value, 2 * self._calls * self._layers):

@@ -54,9 +54,9 @@ class Crew:
         Raises:
             Exception: of the first piece that failed; the others are given up.
         """
-        self.check()
-        futures = [self._threads.submit(self._do, piece) for piece in pieces]
+        futures: list[Future[None]] = []
         try:
+            futures += map(self._submit, pieces)
             for future in as_completed(futures):
                 future.result()
         except BaseException as error:
@@ -64,6 +64,14 @@ class Crew:
             self._stopped.set()
             wait(futures)
             raise _reason(futures, error) from None
+
+    def _submit(self, piece: Callable[[], None]) -> "Future[None]":
+        self.check()
+        try:
+            return self._threads.submit(self._do, piece)
+        except RuntimeError:  # stopped in between
+            self.check()
+            raise
 
     def _do(self, piece: Callable[[], None]) -> None:
         self.check()

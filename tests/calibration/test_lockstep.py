@@ -117,6 +117,23 @@ def test_an_error_in_one_pass_ends_all_and_leaves_nothing() -> None:
     assert all("forward" not in vars(layer) for layer in shelf.layers)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_modes_of_passes_that_are_ended_do_not_stay(gradients: bool) -> None:
+    """As `generate` of transformers is under way in `no_grad`."""
+    shelf = Shelf(2)
+
+    def waits() -> None:
+        with torch.no_grad():
+            shelf.layers[1](shelf.layers[0](torch.zeros(1)))
+
+    def fails() -> None:
+        raise ValueError("midway")
+
+    with pytest.raises(ValueError, match="midway"):
+        list(lockstep(shelf, [waits, fails], gradients=gradients))
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def test_a_layer_that_cannot_be_loaded_ends_all() -> None:
     class Broken(Shelf):
         def load(self, index: int) -> None:

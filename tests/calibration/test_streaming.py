@@ -117,7 +117,10 @@ def test_what_outgrows_memory_waits_on_the_disk(
     )
     assert len(beside) == (1 if family == "gemma2" else 2), "embedding and head, or positions"
     assert not same(expected, numbers(streamed))
-    assert len(waiting) > 3 * 3 * 5 and not list(tmp_path.iterdir())
+    waiting.clear()
+    streamed.generate(PROMPTS, 3)
+    outputs = 3 * 3 * len(streamed.stream.layers)  # batches and steps
+    assert len(waiting) > outputs and not list(tmp_path.iterdir()), "caches as well"
 
 
 @pytest.mark.parametrize(("held", "ahead"), [(0, True), (1, False), (2, True), (99, True)])
@@ -179,6 +182,17 @@ def test_one_layer_in_memory_and_each_read_once_a_run(
         assert loads == expected
     assert all(p.is_meta and not p.requires_grad for layer in model.stream.layers for p in layer.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.model.modules())
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_the_head_never_sees_a_slice(subject: Callable[..., Subject], memory: str) -> None:
+    """torch would copy the head's weights for each prompt."""
+    model, seen = load(subject("llama"), memory), list[bool]()
+    with pytest.MonkeyPatch.context() as patch:
+        forward = model.head.forward
+        patch.setattr(model.head, "forward", lambda h: seen.append(h.is_contiguous()) or forward(h))  # type: ignore[func-returns-value]
+        model.generate(PROMPTS, 2)
+    assert len(seen) >= 3 and all(seen)
 
 
 def test_a_run_says_what_a_token_costs(subject: Callable[..., Subject]) -> None:

@@ -2,15 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from abliterate.architecture.plan import plan_architecture
+from abliterate.calibration.load import load_resident
 from abliterate.calibration.model import LanguageModel
+from abliterate.checkpoint.files import open_checkpoint
 from abliterate.direction.firstorder import first_order_bypass
 from abliterate.direction.score import refusal_score
+from tests import pico
 from tests.resident import gpt2, llama, random_prompts, random_units, resident, writers_of
 
 MAKERS: dict[str, Callable[[], Any]] = {"llama": llama, "gpt2": gpt2}
@@ -86,3 +92,43 @@ def test_no_gradients_and_hooks_stay_behind(model: LanguageModel) -> None:
     assert all(p.grad is None and not p.requires_grad for p in model.model.parameters())
     logits = next(iter(model.forward(random_prompts(1)))).logits
     assert not logits.requires_grad and bool(refusal_score(logits, TOKENS).isfinite().all())
+
+
+def whole_graph(model: LanguageModel, prompts: Sequence[Sequence[int]], units: Tensor) -> Tensor:
+    """The same estimate from one backward pass through the whole graph, a prompt a time."""
+    total, seen = torch.zeros(len(units), dtype=torch.float64), model.stream.along(units)
+    for tokens in prompts:
+        nodes: list[tuple[int, Tensor]] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Any, number: int, nodes: Any = nodes) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            node = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+            nodes.append((number, node))
+            return (node, *output[1:]) if isinstance(output, tuple) else node
+
+        with ExitStack() as stack, torch.enable_grad():
+            for number, module in enumerate(model.stream.writers):
+                hook = partial(keep, number=number)
+                stack.callback(module.register_forward_hook(hook).remove)
+            score = refusal_score(
+                model.model(torch.tensor([list(tokens)]), use_cache=False).logits[:, -1].float(), TOKENS
+            )
+            gradients = torch.autograd.grad(score.sum(), [node for _, node in nodes], allow_unused=True)
+        total += score.detach().double()
+        for (number, node), gradient in zip(nodes, gradients, strict=True):
+            if gradient is not None:
+                along = (gradient @ seen[number].T) * (node.detach() @ seen[number].T)
+                total -= along.flatten(0, -2).double().sum(0)
+    return total / len(prompts)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "qwen3_next", "zamba"])
+def test_layer_by_layer_is_the_whole_graph(family: str, tmp_path: Path) -> None:
+    """Also where layers take more than one tensor that gradients go through: zamba's take the embeddings as well."""
+    folder = pico.save(tmp_path / "m", family)
+    plan = plan_architecture(open_checkpoint(folder))
+    model = load_resident(folder, plan, device=torch.device("cpu"), dtype=torch.float32, batch_size=2)
+    prompts, units = [[7, 20, 33, 41], [8, 9, 100, 101, 60, 61], [50, 51, 52]], random_units(4, pico.HIDDEN)
+    expected = whole_graph(model, prompts, units)
+    torch.testing.assert_close(first_order_bypass(model, prompts, TOKENS, units), expected, rtol=1e-4, atol=1e-4)
+    assert float((expected - expected.mean()).abs().max()) > 1e-2, "directions differ"
