@@ -63,9 +63,9 @@ class RowEdit:
             again, more = torch.empty_like(matrix[poor]), debt[poor] / self._share
             owed = self._nearest(matrix[poor], taken[poor] + more, again, payers)[1] - more * self._share
             stored[poor], debt[poor] = again, owed + unheld[poor]
-        settled = payers.settle(targets, debt.clone())
+        settled = payers.settle(targets, debt.clone()).T.contiguous()  # three times faster to copy from than a view
         for part, _ in _parts(matrix, self._formula.working):
-            stored[part].index_copy_(1, payers.rows, settled[:, part].T)
+            stored[part].index_copy_(1, payers.rows, settled[part])
         special = (debt.abs() > most).index_fill_(0, self._formula.suspects(targets.T, taken), True).nonzero()[:, 0]
         if len(special):
             stored[special] = ColumnEdit(self._formula).whole(matrix[special].T.contiguous()).T
@@ -76,12 +76,12 @@ class RowEdit:
         Args:
             taken: W.v, or more where the debt is paid at once.
         """
-        others, rows = payers.others.float(), payers.rows.numpy()
-        targets = torch.empty(len(rows), len(matrix))
+        others = payers.others.float()
+        targets = torch.empty(len(payers.rows), len(matrix))
         sums = torch.empty(len(matrix), narrow(matrix.shape[1]))
         for part, room in _parts(matrix, torch.float32):
             edited = self._edited(matrix[part], taken[part], room)
-            targets[:, part] = torch.from_numpy(edited.numpy().take(rows, axis=1)).T
+            targets[:, part] = edited.index_select(1, payers.rows).T
             stored[part] = edited
             sums[part] = narrowed(room[1].copy_(stored[part]).sub_(edited), others)
         return targets, total(sums).float()
