@@ -23,7 +23,7 @@ from abliterate.progress import Advance
 
 EDIT_BYTES = 2 << 20
 """Of one block of a tensor that is edited in order: what the edit makes of it stays in the cache of a core."""
-APART_BYTES = 12 << 20
+APART_BYTES = 8 << 20
 """Of one block that is edited by itself: what is done once a block weighs little."""
 COPY_BYTES = 32 << 20
 """Copied by one call: often enough for progress and Ctrl-C."""
