@@ -21,7 +21,8 @@ from abliterate.checkpoint.locate import Source, find
 from abliterate.checkpoint.output import Staging, check_target, tidy
 from abliterate.checkpoint.rewrite import rewrite_checkpoint
 from abliterate.describing import describe
-from abliterate.direction.files import direction_bytes, load_direction
+from abliterate.direction.files import direction_bytes, load_cut
+from abliterate.edit.cut import Cut
 from abliterate.edit.edits import build_edits
 from abliterate.errors import ArchitectureError
 from abliterate.evaluation.metrics import EvaluationSet, Measured, evaluate_model
@@ -53,7 +54,7 @@ class Conversion:
 
     Attributes:
         folder: the checkpoint; `NAME.failed` beside the wanted place when the certificate failed.
-        holds: whether the certificate holds (or, with a strength other than 1, nothing was to be certified).
+        holds: whether the certificate holds (where part is left on purpose: whether writers lost what they should).
         manifest: what `abliteration.json` says.
     """
 
@@ -131,7 +132,7 @@ def prepare(
     prompts = load_calibration(chosen.calibration, options.seed)
     file = Path(direction) if direction is not None else None
     if file is not None:
-        load_direction(file, subject.plan.hidden_size)
+        load_cut(file, subject.plan.hidden_size, subject.plan.num_layers)
     command = command_of(subject, chosen, file, options, evaluate)
     return Job(subject, chosen, options, tongue, prompts, evaluate and tongue.tokenizer is not None, file, command)
 
@@ -139,28 +140,34 @@ def prepare(
 def study_base(job: Job, stages: Stages) -> BaseFindings:
     """Everything that needs the unedited weights in memory: the direction, and the evaluation before."""
     text = stream_text(job.subject, job.tongue, job.options.trust_remote_code)
-    given, progress, hidden = job.direction_file, job.options.progress, job.subject.plan.hidden_size
+    given, progress = job.direction_file, job.options.progress
     if given is not None and not job.evaluate:
-        direction = load_direction(given, hidden)
-        return BaseFindings(direction, direction_bytes(direction), text)
+        cut = _cut_of(job, given)
+        return BaseFindings(cut, direction_bytes(cut.main[0], cut=cut), text)
     tied = job.subject.plan.shares_edit and not unties(job)
     base = Once(lambda: load_model(job.subject, job.options, tied_head=tied, tokenizer=job.tongue.tokenizer))
     found, calibration = None, None
     if given is not None:
-        direction = load_direction(given, hidden)
-        file = direction_bytes(direction)
+        cut = _cut_of(job, given)
+        file = direction_bytes(cut.main[0], cut=cut)
     else:
         found, calibration = _calibrate(job, base, stages)
-        direction, file = found.direction, found.file_bytes()
+        cut, file = found.cut, found.file_bytes()
     data = _evaluation_data(job, base, found, stages) if job.evaluate else None
     stream = stages.stage(
-        "stream before", StreamResidual, lambda: run_stream(base(), job.subject, job.options, text, direction)
+        "stream before", StreamResidual, lambda: run_stream(base(), job.subject, job.options, text, cut.main)
     )
     before = None
     if data is not None:
         measure = lambda: evaluate_model(base(), data, None, progress, "before")  # noqa: E731
         before = stages.stage("evaluation before", Measured, measure)
-    return BaseFindings(direction, file, text, stream, found, calibration, data, before)
+    return BaseFindings(cut, file, text, stream, found, calibration, data, before)
+
+
+def _cut_of(job: Job, file: Path) -> Cut:
+    """What a direction file is for, with what the recipe says where the file leaves it open."""
+    plan, edit = job.subject.plan, job.recipe.edit
+    return load_cut(file, plan.hidden_size, plan.num_layers, edit.strength, edit.norms == "kept")
 
 
 def _calibrate(job: Job, base: Once[LanguageModel], stages: Stages) -> tuple[FoundDirection, Mapping[str, Any]]:
@@ -189,7 +196,7 @@ def write_edited(job: Job, findings: BaseFindings, folder: Path, journal: Journa
     """Shard in, shard out: writers edited, everything else carried over byte for byte; finished shards stay."""
     plan, checkpoint = job.subject.plan, job.subject.checkpoint
     untie = unties(job)
-    edits = build_edits(checkpoint, plan, findings.direction, job.recipe.edit.strength, untie)
+    edits = build_edits(checkpoint, plan, findings.cut, untie)
     copies = [TensorCopy(source, target) for source, target in plan.untying or ()] if untie else []
     options = job.options
     keep_only(folder, journal.shards)
@@ -224,12 +231,9 @@ def prove(job: Job, findings: BaseFindings, folder: Path, stages: Stages) -> tup
     stream = stages.stage(
         "stream after",
         StreamResidual,
-        lambda: certify_stream(edited, job.options, findings.text, findings.direction),
+        lambda: certify_stream(edited, job.options, findings.text, findings.cut.main),
     )
-    strength = job.recipe.edit.strength
-    certificate = assemble(
-        edited, job.subject.checkpoint, findings.direction, findings.text, stream, findings.stream, strength
-    )
+    certificate = assemble(edited, job.subject.checkpoint, findings.cut, findings.text, stream, findings.stream)
     if findings.data is None or findings.evaluation is None:
         return certificate, None
     return certificate, stages.stage("evaluation after", Measured, lambda: _measure_edited(job, findings, edited))
@@ -259,9 +263,8 @@ def publish_files(
 
 
 def _finish(staging: Staging, certificate: Certificate, manifest: Mapping[str, Any]) -> Conversion:
-    holds = certificate.holds or not certificate.exact
-    folder = staging.publish() if holds else staging.publish_failed()
-    return Conversion(folder, holds, certificate, manifest)
+    folder = staging.publish() if certificate.sound else staging.publish_failed()
+    return Conversion(folder, certificate.sound, certificate, manifest)
 
 
 def to_json(conversion: Conversion) -> str:

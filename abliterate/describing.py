@@ -37,7 +37,7 @@ def describe(
             "source": "calibrated" if found else "file",
             "hidden_size": job.subject.plan.hidden_size,
         },
-        "edit": edit_record(job.subject, job.recipe, written.edit, certificate),
+        "edit": edit_record(job.subject, findings.cut, written.edit, certificate),
         "certificate": certificate_record(certificate),
         "evaluation": evaluation_record(before.evaluation, edited.evaluation) if before and edited else None,
         "output": {
@@ -57,7 +57,7 @@ def warnings_of(job: Job, findings: BaseFindings, certificate: Certificate) -> l
         warnings.append(f"selection relaxed: {findings.found.selection.choice.reason}")
     if not certificate.exact:
         warnings.append(certificate.claim)
-    elif not certificate.holds:
+    if not certificate.sound:
         warnings.append(f"certificate failed: {certificate.failure}")
     if job.subject.plan.shares_edit and job.recipe.edit.head == "untied" and not unties(job):
         warnings.append("the head stays tied: untying it would take other shared tensors of this model apart")

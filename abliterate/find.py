@@ -10,16 +10,18 @@ from torch import Tensor
 from abliterate.calibration.chat import ChatFormat
 from abliterate.calibration.model import LanguageModel
 from abliterate.checkpoint.diskio import check_file_target, write_file
+from abliterate.cutting import candidates_span, pairs_span, per_layer, uniform
 from abliterate.direction.files import direction_bytes
-from abliterate.direction.means import Directions, Mean, difference, mean_hidden
+from abliterate.direction.means import Directions, Mean, MeanMethod, difference, mean_hidden
 from abliterate.direction.refusal_tokens import RefusalTokens, find_refusal_tokens, named_refusal_tokens
 from abliterate.direction.scoring import ScoreSheet, Validation
 from abliterate.direction.screening import Selection, choose_direction
-from abliterate.direction.selection import Thresholds
+from abliterate.direction.selection import Choice, Thresholds
+from abliterate.edit.cut import Cut
 from abliterate.errors import CalibrationError
 from abliterate.progress import Progress
 from abliterate.prompting import Prompts, chat_format, encode, load_calibration
-from abliterate.recipe import Recipe, SelectionRecipe, load_recipe
+from abliterate.recipe import DirectionRecipe, EditRecipe, Recipe, SelectionRecipe, load_recipe
 from abliterate.stages import NO_STAGES, Once, Stages
 from abliterate.subject import RunOptions, load_model, open_subject, tokenizer_of
 
@@ -32,10 +34,12 @@ class FoundDirection:
 
     Attributes:
         direction: unit r [hidden] fp32.
+        cut: what the recipe removes, and where.
         directions: the candidate grid it was picked from.
     """
 
     direction: Tensor
+    cut: Cut
     directions: Directions
     selection: Selection
     refusal_tokens: RefusalTokens
@@ -50,6 +54,7 @@ class FoundDirection:
             self.directions,
             choice.candidates,
             {"position": choice.pick.position, "layer": choice.pick.layer, "relaxed": choice.relaxed},
+            self.cut,
         )
 
     @property
@@ -69,6 +74,7 @@ class _Picked:
 
     selection: Selection
     unit: Tensor
+    cut: Cut
 
 
 def find_in(
@@ -94,41 +100,68 @@ def find_in(
         "refusal tokens", RefusalTokens, lambda: _refusal_tokens(base(), *train, recipe, chat, progress)
     )
     positions = positions_of(chat, recipe)
-    sign = 1 if recipe.direction.filter else 0
+    sign, method = 1 if recipe.direction.filter else 0, mean_method(recipe.direction)
 
     def mean(kind: str, texts: list[list[int]], wanted: int) -> Mean:
         name = f"{kind} means"
-        make = lambda: mean_hidden(base(), texts, positions, wanted, tokens.ids, progress, name)  # noqa: E731
+        make = lambda: mean_hidden(base(), texts, positions, wanted, tokens.ids, progress, name, method)  # noqa: E731
         return stages.stage(name, Mean, make)
 
     harmful, harmless = mean("harmful", train[0], sign), mean("harmless", train[1], -sign)
     data = Validation(encode(chat, prompts.harmful.validation), encode(chat, prompts.harmless.validation), tokens.ids)
-    picked = stages.stage(
-        "selection", _Picked, lambda: _pick(base(), harmful, harmless, data, recipe.selection, progress, stages)
-    )
+
+    def grid() -> Directions:
+        transport = base.made.stream.transport if base.made else None
+        return difference(harmful, harmless, transport, recipe.direction.harmless_part == "kept")
+
+    picked = stages.stage("selection", _Picked, lambda: _pick(base(), grid(), train, data, recipe, progress, stages))
     if picked.selection.choice.relaxed:
         log.warning("selection relaxed: %s", picked.selection.choice.reason)
-    directions = difference(harmful, harmless, base.made.stream.transport if base.made else None)
-    return FoundDirection(picked.unit, directions, picked.selection, tokens, chat, prompts)
+    return FoundDirection(picked.unit, picked.cut, grid(), picked.selection, tokens, chat, prompts)
 
 
 def _pick(
     model: LanguageModel,
-    harmful: Mean,
-    harmless: Mean,
+    directions: Directions,
+    train: tuple[list[list[int]], list[list[int]]],
     data: Validation,
-    recipe: SelectionRecipe,
+    recipe: Recipe,
     progress: Progress,
     stages: Stages,
 ) -> _Picked:
     """Measures the candidates, and picks one."""
     if model.stream.unreached:
         log.warning("scores leave out %s, whose output no hook reaches", ", ".join(model.stream.unreached[:3]))
-    directions = difference(harmful, harmless, model.stream.transport)
     sheet = ScoreSheet(model, directions, data)
-    selection = choose_direction(sheet, thresholds_of(recipe), recipe.exhaustive, progress, stages)
+    rule = recipe.selection
+    selection = choose_direction(sheet, thresholds_of(rule), rule.exhaustive, progress, stages)
     pick = selection.choice.pick
-    return _Picked(selection, directions.unit(pick.position, pick.layer))
+    cut = _cut(model, directions, selection.choice, train, recipe.edit, progress)
+    return _Picked(selection, directions.unit(pick.position, pick.layer), cut)
+
+
+def _cut(
+    model: LanguageModel,
+    directions: Directions,
+    choice: Choice,
+    train: tuple[list[list[int]], list[list[int]]],
+    recipe: EditRecipe,
+    progress: Progress,
+) -> Cut:
+    """What the recipe removes."""
+    pick, layers = choice.pick, directions.grid.shape[1]
+    if recipe.directions == "per-layer":
+        return per_layer(directions, pick, recipe)
+    if recipe.directions == "one":
+        return uniform(directions.unit(pick.position, pick.layer), layers, recipe)
+    if recipe.span == "pairs":
+        return uniform(pairs_span(model, directions, pick, train, recipe.count, progress), layers, recipe)
+    return uniform(candidates_span(directions, choice.candidates, pick, recipe.count), layers, recipe)
+
+
+def mean_method(recipe: DirectionRecipe) -> MeanMethod:
+    """What the middle of activations is, as the recipe says."""
+    return MeanMethod(recipe.mean == "geometric-median", recipe.winsorize)
 
 
 def positions_of(chat: ChatFormat, recipe: Recipe) -> int:

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from abliterate.certify.stream import StreamResidual
 from abliterate.checkpoint.files import DIRECTION_FILE
 from abliterate.checkpoint.rewrite import ShardRecord
+from abliterate.edit.cut import Cut
 from abliterate.evaluation.metrics import EvaluationSet, Measured
 from abliterate.find import FoundDirection
 from abliterate.prompting import Prompts
@@ -40,7 +39,7 @@ class Job:
 class BaseFindings:
     """What was learned from the unedited model before its weights left memory."""
 
-    direction: Tensor
+    cut: Cut
     direction_file: bytes
     text: StreamText
     stream: StreamResidual | None = None

@@ -17,6 +17,7 @@ from abliterate.certify.certificate import Certificate, TextKind
 from abliterate.certify.stream import StreamResidual, joined, measure_picture, measure_stream
 from abliterate.certify.weights import tolerance, writer_residuals
 from abliterate.checkpoint.files import Checkpoint
+from abliterate.edit.cut import Cut
 from abliterate.edit.edits import Projectors
 from abliterate.errors import CalibrationError
 from abliterate.prompting import encode, encode_plain, neutral_paragraphs
@@ -117,13 +118,12 @@ def run_stream(
 def assemble(
     edited: Subject,
     base: Checkpoint | None,
-    direction: Tensor,
+    cut: Cut,
     text: StreamText,
     stream: StreamResidual,
     stream_before: StreamResidual | None,
-    strength: float = 1.0,
 ) -> Certificate:
     """Reads every stored writer, and holds both parts to the tolerances of what they are stored in (DESIGN 3.5)."""
-    writers = writer_residuals(edited.checkpoint, edited.plan, direction, base)
+    writers = writer_residuals(edited.checkpoint, edited.plan, cut, base)
     bound = max(tolerance(dtype, edited.plan.hidden_size, "stream") for dtype in edited.dtypes)
-    return Certificate(writers, stream, stream_before, bound, text.kind, strength, edited.plan.inexact)
+    return Certificate(writers, stream, stream_before, bound, text.kind, cut.leaves, edited.plan.inexact)

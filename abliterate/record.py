@@ -16,10 +16,10 @@ from abliterate.certify.weights import WriterResidual
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.direction.means import Mean
 from abliterate.direction.screening import Selection
+from abliterate.edit.cut import Cut
 from abliterate.evaluation.metrics import Evaluation
 from abliterate.find import FoundDirection
 from abliterate.publish.manifest import SCHEMA
-from abliterate.recipe import Recipe
 from abliterate.subject import RunOptions, Subject, versions
 
 
@@ -124,21 +124,38 @@ def _writer_record(residual: WriterResidual, writer: Writer, forms: Mapping[str,
         "gain": " * ".join(step.tensor for step in writer.gain if step.tensor) or None,
         "residual_before": residual.before,
         "residual_after": residual.after,
+        "residual_wanted": residual.left,
+        "strength": residual.strength,
         "tolerance": residual.tolerance,
         "holds": residual.holds,
     }
 
 
-def edit_record(subject: Subject, recipe: Recipe, edit: EditRecord, certificate: Certificate) -> dict[str, Any]:
+def removal_record(cut: Cut) -> dict[str, Any]:
+    """How many directions are removed, whether layers have their own, and strengths where they are not all one."""
+    strengths = None
+    if cut.uniform_strength is None:
+        strengths = {"outside": cut.stem, "layers": [[float(value) for value in row] for row in cut.strengths]}
+    return {
+        "directions": cut.bases.shape[1],
+        "per_layer": len(cut.bases) > 1,
+        "strengths": strengths,
+        "norms": "kept" if cut.keep_norms else "free",
+    }
+
+
+def edit_record(subject: Subject, cut: Cut, edit: EditRecord, certificate: Certificate) -> dict[str, Any]:
     """Every writer with its residuals, and what else changed."""
     edited = {writer.tensor: writer for writer in subject.plan.edited}
+    kept = [residual for residual in certificate.writers if residual.strength]
     return {
         "family": subject.plan.family,
         "probed": subject.plan.probed,
         "inexact": subject.plan.inexact,
         "head": edit.head,
-        "strength": recipe.edit.strength,
-        "writers": [_writer_record(residual, edited[residual.tensor], edit.forms) for residual in certificate.writers],
+        "strength": cut.uniform_strength,
+        "removes": removal_record(cut),
+        "writers": [_writer_record(residual, edited[residual.tensor], edit.forms) for residual in kept],
         "added": list(edit.added),
         "config_changes": dict(edit.config_changes),
     }

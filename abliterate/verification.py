@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from abliterate.certify.certificate import Certificate
 from abliterate.checkpoint.files import DIRECTION_FILE
 from abliterate.checkpoint.hashing import file_sha256
 from abliterate.checkpoint.regular import is_file
-from abliterate.direction.files import load_direction
+from abliterate.direction.files import load_cut
+from abliterate.edit.cut import Cut
 from abliterate.errors import CheckpointError
 from abliterate.progress import Progress
 from abliterate.proving import assemble, certify_stream, stream_text, tongue_of
@@ -59,11 +58,11 @@ def verify(
     options = options or RunOptions()
     subject = open_subject(checkpoint, revision, options.trust_remote_code, inexact=True)
     recorded = _recorded(subject.folder)
-    vector = _direction(subject, direction)
+    cut = _cut(subject, direction, recorded)
     tongue = tongue_of(subject, options)
     text = stream_text(subject, tongue, options.trust_remote_code)
-    stream = certify_stream(subject, options, text, vector)
-    certificate = assemble(subject, None, vector, text, stream, None, recorded.strength if recorded else 1.0)
+    stream = certify_stream(subject, options, text, cut.main)
+    certificate = assemble(subject, None, cut, text, stream, None)
     wrong = mismatches(subject.folder, recorded.hashes, options.progress) if recorded else ()
     return Verification(certificate, wrong, recorded is not None, recorded is not None and recorded.hashed)
 
@@ -73,12 +72,13 @@ class _Recorded:
     """What the manifest says that can be held against the files.
 
     Attributes:
-        strength: of the edit.
+        strength: of the edit, where it is one and the same everywhere. `keep_norms`: whether columns kept their length.
         hashes: sha256 by file name.
         hashed: whether those of the weights are among them.
     """
 
     strength: float
+    keep_norms: bool
     hashes: Mapping[str, str]
     hashed: bool
 
@@ -96,16 +96,21 @@ def _recorded(folder: Path) -> _Recorded | None:
         shards = manifest["output"]["shards"]
         named = [*shards, {"name": DIRECTION_FILE, "sha256": manifest["direction"]["sha256"]}]
         hashes = {str(item["name"]): str(item["sha256"]) for item in named if item["sha256"]}
-        return _Recorded(float(manifest["edit"]["strength"]), hashes, all(shard["sha256"] for shard in shards))
+        edit = manifest["edit"]
+        strength = 1.0 if edit["strength"] is None else float(edit["strength"])
+        return _Recorded(
+            strength, edit.get("removes", {}).get("norms") == "kept", hashes, all(shard["sha256"] for shard in shards)
+        )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{folder / MANIFEST_NAME} is damaged; convert the base model again") from error
 
 
-def _direction(subject: Subject, given: Path | str | None) -> Tensor:
+def _cut(subject: Subject, given: Path | str | None, recorded: _Recorded | None) -> Cut:
     path = Path(given) if given is not None else subject.folder / DIRECTION_FILE
     if given is None and not path.is_file():
         raise CheckpointError(f"{subject.name} has no {DIRECTION_FILE} to verify against; give --direction FILE")
-    return load_direction(path, subject.plan.hidden_size)
+    strength, keep = (recorded.strength, recorded.keep_norms) if recorded else (1.0, False)
+    return load_cut(path, subject.plan.hidden_size, subject.plan.num_layers, strength, keep)
 
 
 def mismatches(folder: Path, hashes: Mapping[str, str], progress: Progress) -> tuple[str, ...]:

@@ -342,7 +342,7 @@ def test_directions(base: Path, room: Path, tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("edit: {colour: red}", r"unknown key edit\.colour; allowed: head, strength"),
+        ("edit: {colour: red}", r"unknown key edit\.colour; allowed: head, directions"),
         ('"a\\nb": 3', "unknown key a b; allowed"),
         ("edit: {strength: 3}", r"edit\.strength is 3; allowed"),
         ("edit: [", "not readable as YAML"),

@@ -39,11 +39,47 @@ def keys(part: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
 
 
-@pytest.mark.parametrize("name", list_recipes())
-def test_shipped_recipes_name_every_key(name: str) -> None:
-    text = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+def test_the_default_recipe_names_every_key() -> None:
+    text = (recipes_folder() / "refusal.yaml").read_text(encoding="utf-8")
     assert sorted(keys(yaml.safe_load(text))) == sorted(keys(Recipe().as_dict()))
-    assert load_recipe(name).name == name
+
+
+def test_the_methods_of_the_field_are_there() -> None:
+    wanted = "refusal projected norm-preserving per-layer subspace false-refusal induce search"
+    assert sorted(list_recipes()) == sorted(wanted.split())
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_shipped_recipes_say_what_they_are_and_differ(name: str) -> None:
+    text = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# ") and yaml.safe_load(text)["name"] == name
+    found = load_recipe(name)
+    assert found.name == name and found.description
+    alike = [other for other, r in list_recipes().items() if dataclasses.replace(r, name=name, description="") == (
+        dataclasses.replace(found, description="")
+    )]  # fmt: skip
+    assert alike == [name]
+
+
+def test_a_recipe_lies_over_the_one_that_it_extends(tmp_path: Path) -> None:
+    recipe(tmp_path, "extends: projected\ndescription: beneath\nedit: {head: tied, mlp: {peak: 0.5}}\n", "beneath.yaml")
+    found = load_recipe(str(recipe(tmp_path, "extends: beneath.yaml\nedit: {mlp: {floor: 0}, strength: 0.7}\n")))
+    projected = load_recipe("projected")
+    assert (found.name, found.description) == ("own", "")
+    assert found.direction == projected.direction and found.edit.head == "tied" and found.edit.strength == 0.7
+    assert (found.edit.mlp.peak, found.edit.mlp.floor, found.edit.attention.floor) == (0.5, 0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["own.yaml", "missing.yaml", "nothing", "3", "[refusal]", "{refusal: }"])
+def test_what_cannot_be_extended(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match=r"extends is|no recipe named nothing; shipped|missing\.yaml"):
+        load_recipe(str(recipe(tmp_path, f"extends: {name}\n")))
+
+
+def test_recipes_that_extend_each_other(tmp_path: Path) -> None:
+    recipe(tmp_path, "extends: own.yaml\n", "other.yaml")
+    with pytest.raises(RecipeError, match="extends is"):
+        load_recipe(str(recipe(tmp_path, "extends: other.yaml\n")))
 
 
 def test_a_missing_key_stands_for_the_default(tmp_path: Path) -> None:
@@ -57,10 +93,13 @@ def test_a_missing_key_stands_for_the_default(tmp_path: Path) -> None:
 FULL = """
 name: mine
 description: all of it
-calibration: {harmful: a.txt, harmless: "hf:org/data::train:text", train: 8, validation: 2, test: 1, thinking: "on"}
-direction: {filter: false, refusal_tokens: [Sorry, "I"], positions: 3}
+calibration: {harmful: a.txt, harmless: "hf:org/data::train:text", look_alike: b.txt, train: 8, validation: 2, test: 1, thinking: "on"}
+direction: {contrast: false-refusal, filter: false, refusal_tokens: [Sorry, "I"], positions: 3, mean: geometric-median,
+  winsorize: 0.9, harmless_part: removed}
 selection: {max_layer_fraction: 1, max_kl: 2.5, min_induce: -1, strict: true, exhaustive: true}
-edit: {head: tied, strength: 0.5}
+edit: {head: tied, directions: one, count: 1, span: pairs, strength: 0.5, strengths: curve, embeddings: kept, norms: kept,
+  attention: {peak: 0.1, at: 0.2, floor: 0.3, reach: 0.4}, mlp: {peak: 0.1, at: 0.2, floor: 0.3, reach: 0.4}}
+search: {steps: 3, kl_weights: [1.5, 2], max_strength: 0.7, directions: true, refusals: 0.1}
 evaluation: {max_new_tokens: 7}
 """
 
@@ -70,9 +109,8 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert read.as_dict() == yaml.safe_load(FULL)
     assert read.direction.refusal_tokens == ("Sorry", "I")
     default = dict(zip(keys(Recipe().as_dict()), flat(Recipe().as_dict()), strict=True))
-    assert not [
-        key for key, value in zip(keys(read.as_dict()), flat(read.as_dict()), strict=True) if value == default[key]
-    ]
+    left = [key for key, value in zip(keys(read.as_dict()), flat(read.as_dict()), strict=True) if value == default[key]]
+    assert left == ["edit.directions", "edit.count", "edit.strengths"], "what would not go together with the others"
 
 
 def flat(part: dict[str, Any]) -> Iterator[Any]:
@@ -92,8 +130,8 @@ def test_a_bare_off_and_on_are_words(tmp_path: Path, word: str, value: str) -> N
 
 
 REFUSED = {
-    "colour: red": r"unknown key colour; allowed: name, description, calibration, direction, selection, edit, eval",
-    "edit: {colour: red}": r"unknown key edit\.colour; allowed: head, strength",
+    "colour: red": r"unknown key colour; allowed: extends, name, description, calibration, dir",
+    "edit: {colour: red}": r"unknown key edit\.colour; allowed: head, directions",
     "edit: {3: red}": r"unknown key edit\.3;",
     "edit: 3": "edit must be a mapping",
     "edit:": "edit must be a mapping",
@@ -104,10 +142,19 @@ REFUSED = {
     "edit: {strength: strong}": r"edit\.strength is 'strong'; allowed: a number",
     "edit: {strength: true}": r"edit\.strength is True; allowed: a number",
     "edit: {strength: null}": r"edit\.strength is None; allowed: a number",
-    "edit: {strength: 0}": r"edit\.strength is 0; allowed: 0\.01 to 2",
-    "edit: {strength: 2.01}": r"edit\.strength is 2\.01; allowed: 0\.01 to 2",
-    "edit: {strength: .nan}": r"edit\.strength is nan; allowed: 0\.01 to 2",
-    "edit: {strength: .inf}": r"edit\.strength is inf; allowed: 0\.01 to 2",
+    "edit: {strength: 0}": r"edit\.strength is 0, so that nothing would be edited",
+    "edit: {strength: 2.01}": r"edit\.strength is 2\.01; allowed: -2 to 2",
+    "edit: {strength: .nan}": r"edit\.strength is nan; allowed: -2 to 2",
+    "edit: {directions: subspace}": r"edit\.directions is subspace: say with edit\.count how many",
+    "edit: {count: 2}": r"edit\.count is 2; it is for edit\.directions: subspace",
+    "edit: {strengths: search}": r"edit\.strengths is search, which needs edit\.directions: per-layer",
+    "direction: {contrast: false-refusal}\nedit: {directions: per-layer}": r"false-refusal, which needs edit\.directions",
+    "search: {kl_weights: []}": r"search\.kl_weights is \[\]; allowed: a list of numbers",
+    "search: {kl_weights: [1, -1]}": r"search\.kl_weights is \[1, -1\]; allowed: 0 to 1e\+06",
+    "search: {kl_weights: [a]}": r"search\.kl_weights is \['a'\]; allowed: a list of numbers",
+    "edit: {mlp: {peak: 3}}": r"edit\.mlp\.peak is 3; allowed: -2 to 2",
+    "edit: {mlp: {colour: 3}}": r"unknown key edit\.mlp\.colour; allowed: peak, at, floor, reach",
+    "edit: {strength: .inf}": r"edit\.strength is inf; allowed: -2 to 2",
     "calibration: {train: 7}": r"calibration\.train is 7; allowed: 8 to 1e\+06",
     "calibration: {train: 8.0}": r"calibration\.train is 8\.0; allowed: a whole number",
     "calibration: {validation: 1}": r"calibration\.validation is 1;",

@@ -18,7 +18,7 @@ from abliterate.progress import SILENT, Progress
 
 @dataclass(frozen=True)
 class StreamResidual:
-    """max over tokens of abs(h . r) / norm(h) at every layer boundary (DESIGN 3.5).
+    """max over tokens of abs(h . r) / norm(h) at every layer boundary (DESIGN 3.5); of several directions norm(Q h).
 
     Attributes:
         layers: the input of each decoder layer, and last of all what the final norm reads.
@@ -72,9 +72,9 @@ def measure_stream(
     Args:
         model: the stored weights, computing in fp32 for a certificate.
         prompts: token ids.
-        direction: unit r [hidden].
-        pulled: where the skip path has gains, unit [layers + 1, hidden]: r as it is at the input of each layer, and
-            last at the end.
+        direction: unit r [hidden], or an orthonormal basis [k, hidden].
+        pulled: where the skip path has gains, unit [layers + 1, hidden] or [layers + 1, k, hidden]: the directions as
+            they are at the input of each layer, and last at the end.
     """
     count = len(model.stream.layers)
     bearings = _bearings(direction, pulled, count)
@@ -128,8 +128,11 @@ def joined(first: StreamResidual, second: StreamResidual) -> StreamResidual:
 
 
 def _bearings(direction: Tensor, pulled: Tensor | None, layers: int) -> Tensor:
-    """r at every boundary, [layers + 1, hidden] fp64."""
-    return (direction.expand(layers + 1, -1) if pulled is None else pulled).double().cpu()
+    """An orthonormal basis at every boundary, [layers + 1, k, hidden] fp64."""
+    if pulled is None:
+        return direction.double().cpu().reshape(1, -1, direction.shape[-1]).expand(layers + 1, -1, -1)
+    found = pulled.double().cpu().reshape(layers + 1, -1, pulled.shape[-1])
+    return found if found.shape[1] == 1 else torch.linalg.qr(found.mT).Q.mT
 
 
 def boundary_names(layers: int) -> list[str]:
@@ -152,14 +155,14 @@ class _Watch:
     real: Tensor
     ratios: dict[str, float]
 
-    def look(self, name: str, hidden: Tensor, direction: Tensor) -> Tensor:
+    def look(self, name: str, hidden: Tensor, basis: Tensor) -> Tensor:
         rows = by_row(hidden, len(self.real))
         rows = rows.expand(len(self.real), *rows.shape[1:]) if len(rows) == 1 else rows
         # Some models put tokens of their own before the prompt, or cut it in blocks: there padding is looked at too.
         kept = rows[self.real.to(rows.device)] if rows.shape[:2] == self.real.shape else rows
         # Hyper-connections carry several streams, side by side or one after another.
-        kept = kept.detach().cpu().double().reshape(-1, len(direction))
-        ratio = (kept @ direction).abs() / kept.norm(dim=-1).clamp_min(1e-30)
+        kept = kept.detach().cpu().double().reshape(-1, basis.shape[-1])
+        ratio = (kept @ basis.mT).norm(dim=-1) / kept.norm(dim=-1).clamp_min(1e-30)
         # NaN wins, over what came before and what comes after; `max` of floats would lose it.
         self.ratios[name] = float(torch.stack((ratio.max(), ratio.new_tensor(self.ratios.get(name, 0.0)))).max())
         return hidden

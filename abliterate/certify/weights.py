@@ -10,12 +10,15 @@ from torch import Tensor
 from abliterate.architecture.writer import Plan, Writer
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.read import iter_blocks
-from abliterate.edit.edits import Projectors
+from abliterate.edit.cut import Cut, part_of
+from abliterate.edit.edits import projectors_of
 
 # DESIGN 3.5: rounding to the storage dtype puts this much back, over the square root of the hidden size.
 WRITER_TOLERANCE = {"BF16": 3e-3, "F16": 4e-4}
 STREAM_TOLERANCE = {"BF16": 0.02, "F16": 0.02 / 8}
 FULL_PRECISION = 1e-6
+PARTIAL = 1e-3
+"""Of what a strength other than 1 leaves: how near to that it has to be, beyond what rounding may leave."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class WriterResidual:
     Attributes:
         before: of the base; None where it was not measured.
         after: of the edited tensor; 0 for a tensor of zeros.
-        tolerance: for its dtype. `holds`: after <= tolerance.
+        tolerance: for its dtype. `holds`: after is within it of what should be left.
+        strength: of the edit. `left`: what that leaves; 0 for a strength of 1, None where it cannot be told.
     """
 
     tensor: str
@@ -34,6 +38,8 @@ class WriterResidual:
     after: float
     tolerance: float
     holds: bool
+    strength: float = 1.0
+    left: float | None = 0.0
 
 
 def tolerance(dtype: str, hidden_size: int, part: Literal["writer", "stream"]) -> float:
@@ -43,27 +49,34 @@ def tolerance(dtype: str, hidden_size: int, part: Literal["writer", "stream"]) -
 
 
 def writer_residuals(
-    checkpoint: Checkpoint, plan: Plan, direction: Tensor, base: Checkpoint | None = None
+    checkpoint: Checkpoint, plan: Plan, cut: Cut | Tensor, base: Checkpoint | None = None
 ) -> tuple[WriterResidual, ...]:
-    """Measures every writer (and a stored copy of the tied head), streamed in blocks.
+    """Measures every writer (and a stored copy of the tied head) along what it should have lost, streamed in blocks.
 
     Args:
-        direction: r [hidden].
+        cut: what was removed; a direction [hidden] stands for itself, removed whole and everywhere.
         base: the unedited checkpoint, for the figures before.
     """
-    projectors = Projectors(checkpoint, plan.hidden_size, direction)
-    return tuple(_residual(checkpoint, plan, writer, projectors, base) for writer in plan.edited)
+    cut = cut if isinstance(cut, Cut) else Cut.uniform(cut, plan.num_layers)
+    projectors = projectors_of(checkpoint, plan, cut)
+    removals = [cut.removal(writer, part_of(writer, plan.writers)) for writer in plan.edited]
+    return tuple(
+        _residual(checkpoint, cut, writer, removal.strength, projectors[removal.basis].of(writer).v, base)
+        for writer, removal in zip(plan.edited, removals, strict=True)
+    )
 
 
 def _residual(
-    checkpoint: Checkpoint, plan: Plan, writer: Writer, projectors: Projectors, base: Checkpoint | None
+    checkpoint: Checkpoint, cut: Cut, writer: Writer, strength: float, covector: Tensor, base: Checkpoint | None
 ) -> WriterResidual:
-    covector = projectors.of(writer).v
     dtype = checkpoint.tensors[writer.tensor].dtype
-    after = share_along(checkpoint, writer, covector)
-    before = share_along(base, writer, covector) if base is not None else None
-    bound = tolerance(dtype, plan.hidden_size, "writer")
-    return WriterResidual(writer.tensor, dtype, before, after, bound, after <= bound)
+    after, size = _along(checkpoint, writer, covector)
+    before, size_before = _along(base, writer, covector) if base is not None else (None, math.nan)
+    bound, left = tolerance(dtype, cut.hidden_size, "writer"), 0.0 if strength == 1.0 else None
+    if left is None and before is not None and not (cut.keep_norms and strength):
+        left = abs(1.0 - strength) * before * (size_before / size if size else 1.0)
+    holds = left is None or abs(after - left) <= bound + PARTIAL * left
+    return WriterResidual(writer.tensor, dtype, before, after, bound, holds, strength, left)
 
 
 def share_along(checkpoint: Checkpoint, writer: Writer, covector: Tensor) -> float:
@@ -72,6 +85,11 @@ def share_along(checkpoint: Checkpoint, writer: Writer, covector: Tensor) -> flo
     Args:
         covector: v [hidden], or an orthonormal basis [k, hidden].
     """
+    return _along(checkpoint, writer, covector)[0]
+
+
+def _along(checkpoint: Checkpoint, writer: Writer, covector: Tensor) -> tuple[float, float]:
+    """See `share_along`; and ||W||_F."""
     info, size = checkpoint.tensors[writer.tensor], 1.0 if covector.dim() > 1 else float(covector.norm())
     covector = covector.reshape(-1, covector.shape[-1])
     along = torch.zeros((), dtype=torch.float64)
@@ -85,5 +103,5 @@ def share_along(checkpoint: Checkpoint, writer: Writer, covector: Tensor) -> flo
             square += float(torch.tensordot(values, covector, dims=([writer.axis], [1])).square().sum())
     square += float(along.square().sum())
     if not math.isfinite(norm):
-        return math.nan
-    return math.sqrt(square / norm) / size if norm != 0 else 0.0
+        return math.nan, math.nan
+    return math.sqrt(square / norm) / size if norm != 0 else 0.0, math.sqrt(norm)

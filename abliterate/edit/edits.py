@@ -7,6 +7,7 @@ from abliterate.architecture.covector import gain_of, pull_back
 from abliterate.architecture.writer import Path, Plan, Writer
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.read import iter_blocks, read_tensor
+from abliterate.edit.cut import Cut, part_of
 from abliterate.edit.projections import Formulas, Projection, projection
 from abliterate.edit.projector import Projector, make_projector, span_projector
 from abliterate.errors import EditError
@@ -16,18 +17,17 @@ class Projectors:
     """The projectors of a checkpoint's writers, made once for all writers that the stream sees through the same steps.
 
     Args:
-        direction: r [hidden], at the end of the stream.
+        direction: r [hidden] at the end of the stream, or an orthonormal basis [k, hidden] there.
 
     Raises:
         EditError: the direction does not fit.
     """
 
     def __init__(self, checkpoint: Checkpoint, hidden_size: int, direction: Tensor) -> None:
-        if tuple(direction.shape) != (hidden_size,):
-            raise EditError(
-                f"the direction has shape {list(direction.shape)}; this model's stream is {hidden_size} wide"
-            )
-        self._checkpoint, self._direction = checkpoint, direction
+        if direction.dim() > 2 or direction.shape[-1:] != (hidden_size,):
+            shape = direction.shape[1:] if direction.dim() == 2 and len(direction) == 1 else direction.shape
+            raise EditError(f"the direction has shape {list(shape)}; this model's stream is {hidden_size} wide")
+        self._checkpoint, self._basis = checkpoint, direction.reshape(-1, hidden_size)
         self._made: dict[tuple[Path, Path], Projector] = {}
 
     def of(self, writer: Writer) -> Projector:
@@ -38,21 +38,25 @@ class Projectors:
         return self._made[key]
 
     def along(self, path: Path) -> Tensor:
-        """The direction pulled back through a path: unit covectors [k, hidden] fp64."""
-        r = self._direction.double()[None]
-        return pull_back(r, path, self._read)
+        """The directions pulled back through a path: unit covectors [n, hidden] fp64."""
+        return pull_back(self._basis.double(), path, self._read)
 
     def boundaries(self, plan: Plan) -> Tensor | None:
-        """r at each layer's input and at the end of the stream, [layers + 1, hidden]; None where it is the same."""
+        """The directions at each layer's input and at the end; None where all are the same.
+
+        Returns:
+            [layers + 1, hidden] of one direction, [layers + 1, k, hidden] of several.
+        """
         if not plan.boundaries:
             return None
-        return torch.cat([self.along(path) for path in plan.boundaries])
+        found = torch.stack([self.along(path) for path in plan.boundaries])
+        return found[:, 0] if found.shape[1] == 1 else found
 
     def _make(self, skip: Path, gain: Path) -> Projector:
-        covector = self.along(skip)
-        if all(step.kind == "scale" for step in gain):
-            return make_projector(covector[0], self._gain(gain))
-        return span_projector(pull_back(covector, gain, self._read))
+        covectors = self.along(skip)
+        if len(covectors) == 1 and all(step.kind == "scale" for step in gain):
+            return make_projector(covectors[0], self._gain(gain))
+        return span_projector(pull_back(covectors, gain, self._read))
 
     def _gain(self, gain: Path) -> Tensor | None:
         product: Tensor | None = None
@@ -66,34 +70,47 @@ class Projectors:
         return read_tensor(self._checkpoint.shard_of(name), self._checkpoint.tensors[name])
 
 
-def build_edits(
-    checkpoint: Checkpoint, plan: Plan, direction: Tensor, strength: float = 1.0, untie: bool = False
-) -> dict[str, Projection]:
-    """The edit of every residual writer, by tensor name.
+def build_edits(checkpoint: Checkpoint, plan: Plan, cut: Cut | Tensor, untie: bool = False) -> dict[str, Projection]:
+    """The edit of every residual writer, by tensor name; what is removed with strength 0 is not edited.
 
     Args:
-        direction: r [hidden].
-        strength: 1 removes the direction; less leaves a share of it.
+        cut: what is removed; a direction [hidden] stands for itself, removed whole and everywhere.
         untie: the head is to keep the unedited embedding; a stored copy of a tied head is then not edited. Otherwise it
             takes the embedding's edit, so that every program reads the same head.
 
     Raises:
-        EditError: the direction does not fit, or a stored copy of the tied head differs from the embedding.
+        EditError: the directions do not fit, or a stored copy of the tied head differs from the embedding.
     """
-    projectors = Projectors(checkpoint, plan.hidden_size, direction)
-    formulas: Formulas = {}
-
-    def edit(tensor: str, writer: Writer) -> Projection:
-        info = checkpoint.tensors[tensor]
-        return projection(info, writer.axis, projectors.of(writer), strength, formulas=formulas)
-
-    edits = {writer.tensor: edit(writer.tensor, writer) for writer in plan.writers}
+    edits = _Edits(checkpoint, plan, cut if isinstance(cut, Cut) else Cut.uniform(cut, plan.num_layers))
     if plan.head_copy:
         _check_copy(checkpoint, plan)
-    edited = plan.embedding_writer
-    if plan.head_copy and not untie and edited is not None:
-        edits[plan.head] = edit(plan.head, edited)
-    return edits
+    copied = plan.head_copy and not untie
+    made = {writer.tensor: edits.of(writer) for writer in (plan.edited if copied else plan.writers)}
+    return {name: edit for name, edit in made.items() if edit is not None}
+
+
+class _Edits:
+    """The edits of one checkpoint: what they can share is made once."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, cut: Cut) -> None:
+        self._checkpoint, self._plan, self._cut = checkpoint, plan, cut
+        self._projectors = projectors_of(checkpoint, plan, cut)
+        self._formulas: dict[float, Formulas] = {}
+
+    def of(self, writer: Writer) -> Projection | None:
+        """The edit of one writer; None where it stays as it is."""
+        removal = self._cut.removal(writer, part_of(writer, self._plan.writers))
+        if removal.strength == 0:
+            return None
+        formulas = self._formulas.setdefault(removal.strength, {})
+        projector, info = self._projectors[removal.basis].of(writer), self._checkpoint.tensors[writer.tensor]
+        keep = self._cut.keep_norms
+        return projection(info, writer.axis, projector, removal.strength, formulas=formulas, keep_norms=keep)
+
+
+def projectors_of(checkpoint: Checkpoint, plan: Plan, cut: Cut) -> list[Projectors]:
+    """Those of each basis."""
+    return [Projectors(checkpoint, plan.hidden_size, basis) for basis in cut.bases]
 
 
 def _check_copy(checkpoint: Checkpoint, plan: Plan) -> None:

@@ -111,14 +111,23 @@ class StreamedProjection(Projection):
 
 
 class SpanProjection(Projection):
-    """Of a tensor that the stream sees through several covectors."""
+    """Of a tensor that the stream sees through several covectors, or whose columns keep their length."""
 
-    def __init__(self, info: TensorInfo, axis: int, projector: Projector, strength: float, directional: bool) -> None:
+    def __init__(
+        self,
+        info: TensorInfo,
+        axis: int,
+        projector: Projector,
+        strength: float,
+        directional: bool,
+        keep_norms: bool = False,
+    ) -> None:
         super().__init__(info, projector.form)
         vector = len(info.shape) == 1
         self._axis, self._cut = axis, axis == 0 and not vector
         self.passes = 1 if self._cut else 0
-        self._edit = SpanEdit(projector, strength, DTYPES[info.dtype], directional, torch.float64 if vector else None)
+        working = torch.float64 if vector else None
+        self._edit = SpanEdit(projector, strength, DTYPES[info.dtype], directional, working, keep_norms)
 
     def measure(self, rows: slice, block: Tensor) -> None:
         """Adds these rows' part of each v.W."""
@@ -141,6 +150,7 @@ def projection(
     strength: float = 1.0,
     directional: bool = True,
     formulas: Formulas | None = None,
+    keep_norms: bool = False,
 ) -> Projection:
     """The edit of one tensor.
 
@@ -149,6 +159,7 @@ def projection(
         strength: 1 removes the direction; less leaves a share of it.
         directional: for bf16 and fp16, round so that nothing along the direction comes back; False rounds to nearest.
         formulas: of the other tensors that this strength is for, to share with; experts come by the thousand.
+        keep_norms: columns along the hidden axis keep their length; a single vector is projected only.
 
     Raises:
         EditError: the tensor does not fit the projector, or its dtype cannot be edited.
@@ -159,8 +170,9 @@ def projection(
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise EditError(f"{info.name} is stored as {info.dtype}, which cannot be edited")
     directional = directional and dtype in FEW_BITS
-    if projector.form == "span":
-        return SpanProjection(info, axis, projector, strength, directional)
+    keep_norms = keep_norms and len(info.shape) > 1
+    if projector.form == "span" or keep_norms:
+        return SpanProjection(info, axis, projector, strength, directional, keep_norms)
     shared, key = {} if formulas is None else formulas, (id(projector), dtype)
     formula = shared[key] if key in shared else shared.setdefault(key, Formula(projector, strength, dtype, directional))
     if len(info.shape) == 1:

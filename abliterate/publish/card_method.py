@@ -14,7 +14,7 @@ Manifest = Mapping[str, Any]
 def method_text(manifest: Manifest) -> dict[str, Any]:
     """The template's variables for the section."""
     edit, selection = manifest["edit"], manifest["selection"]
-    strength = "" if edit["strength"] == 1 else f"{edit['strength']:g}\\,"
+    strength = _strength(edit["strength"])
     common = {"edit": _edit(edit), "strength": strength, "gains": _gains(edit, strength), "head": _head(edit)}
     if selection is None or manifest["calibration"] is None:
         given = (
@@ -33,6 +33,13 @@ def method_text(manifest: Manifest) -> dict[str, Any]:
         "selection": _selection(selection),
         "candidates": _candidates(selection),
     }
+
+
+def _strength(strength: float | None) -> str:
+    """The factor in the equations; lambda where it is not the same everywhere."""
+    if strength is None:
+        return "\\lambda\\,"
+    return "" if strength == 1 else f"{strength:g}\\,"
 
 
 def _token(position: int, calibration: Manifest) -> str:
@@ -96,10 +103,29 @@ def _searched(selection: Manifest) -> str:
 def _edit(edit: Manifest) -> str:
     kinds = Counter(writer["kind"] for writer in edit["writers"])
     named = ", ".join(f"{count} {plain(kind)}" for kind, count in kinds.items())
-    return (
+    text = (
         f"Every tensor that writes to the residual stream ({len(edit['writers'])}: {named}) is edited along *r*, on "
-        "its output axis, whatever its layout on disk; every other tensor is the base's, bit for bit:"
+        f"its output axis, whatever its layout on disk; every other tensor is the base's, bit for bit.{_removes(edit)}"
     )
+    return f"{text[:-1]}:"
+
+
+def _removes(edit: Manifest) -> str:
+    """What is removed beside one direction at one strength."""
+    removes, texts = edit.get("removes", {}), []
+    if removes.get("directions", 1) > 1:
+        texts.append(f"*r* stands for {removes['directions']} orthonormal directions, all of which are removed.")
+    if removes.get("per_layer"):
+        texts.append("Each layer loses a direction of its own.")
+    if removes.get("strengths"):
+        values = [value for row in removes["strengths"]["layers"] for value in row]
+        texts.append(
+            f"The strength *λ* is set for each layer, of attention and of the MLP, from {min(values):.2g} to "
+            f"{max(values):.2g}; `abliteration.json` has all of them."
+        )
+    if removes.get("norms") == "kept":
+        texts.append("Then every column is scaled back to the length that it had, which keeps it free of *r*.")
+    return "".join(f" {text}" for text in texts)
 
 
 def _gains(edit: Manifest, strength: str) -> str:

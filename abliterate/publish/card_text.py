@@ -48,8 +48,8 @@ def _notices(manifest: Manifest) -> str:
         )
     elif strength != 1:
         notices.append(
-            f"> **The edit is not exact.** Strength {strength:g} leaves a component along the direction in the weights "
-            "on purpose, and nothing is certified."
+            "> **The edit is not exact**, on purpose, and nothing is certified beyond that the weights lost what they "
+            f"should: {plain(claim_of(certificate))}."
         )
     elif not certificate["holds"]:
         notices.append(

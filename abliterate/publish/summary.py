@@ -171,7 +171,7 @@ def _pick_line(manifest: Record) -> Text:
 
 def _edit_line(edit: Record) -> Text:
     heads = {"tied": "tied head edited with the embedding", "untied": "head untied", "separate": "head untouched"}
-    strength = "" if edit["strength"] == 1 else f", strength {edit['strength']:g}"
+    strength = "" if edit["strength"] == 1 else f", strength {edit['strength'] or 'by layer'}"
     added = f" ({', '.join(edit['added'])} added)" if edit["added"] else ""
     return Text(f"{len(edit['writers'])} tensors{strength}, {heads[edit['head']]}{added}")
 

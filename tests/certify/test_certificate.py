@@ -21,9 +21,9 @@ LOUD = StreamResidual((1e-8, 0.5, 0.4), 40, {"model.embed": 1e-8, "layers.0.out"
 
 
 def certificate(
-    writers: tuple[WriterResidual, ...] = CLEAN, stream: StreamResidual = QUIET, strength: float = 1.0
+    writers: tuple[WriterResidual, ...] = CLEAN, stream: StreamResidual = QUIET, leaves: str | None = None
 ) -> Certificate:
-    return Certificate(writers, stream, None, TOLERANCE, "chat", strength)
+    return Certificate(writers, stream, None, TOLERANCE, "chat", leaves)
 
 
 def test_clean_weights_and_a_clean_stream_hold() -> None:
@@ -54,13 +54,26 @@ def test_the_stream_is_enough_to_fail() -> None:
     )
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5, 0.999, 1.001, 2.0, math.nan])
 @pytest.mark.parametrize("stream", [QUIET, LOUD])
-def test_any_other_strength_is_never_certified(strength: float, stream: StreamResidual) -> None:
-    made = certificate(stream=stream, strength=strength)
-    assert not made.holds and not made.exact
-    assert made.claim.startswith(f"not exact: strength {strength:g} leaves part of the direction on purpose; max |h·r|")
-    assert "no component" not in made.claim
+def test_what_leaves_something_on_purpose_is_never_certified_but_may_be_sound(stream: StreamResidual) -> None:
+    made = certificate(stream=stream, leaves="strength 0.5 leaves part of the direction on purpose")
+    assert not made.holds and not made.exact and made.sound
+    assert made.claim.startswith(
+        "not exact: strength 0.5 leaves part of the direction on purpose; 2 residual writers have lost just that; max"
+    )
+
+
+def test_a_writer_that_has_not_lost_what_it_should_is_not_sound() -> None:
+    bad = WriterResidual("layers.0.out", "F32", 0.02, 0.015, TOLERANCE, False, strength=0.5, left=0.01)
+    made = certificate((*CLEAN, bad), leaves="on purpose")
+    assert not made.sound and "1 writers have not lost what they should, first layers.0.out (1.5e-02)" in made.claim
+    assert worst_writer(made.writers) is bad
+
+
+def test_what_could_not_be_compared_is_said() -> None:
+    unknown = WriterResidual("layers.0.out", "F32", None, 0.015, TOLERANCE, True, strength=0.5, left=None)
+    claim = certificate((*CLEAN, unknown), leaves="on purpose").claim
+    assert "2 residual writers have lost just that (1 could not be compared)" in claim
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -15,6 +15,7 @@ from abliterate.architecture.writer import Plan, Runtime, Step, Writer
 from abliterate.certify.weights import tolerance
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import DTYPES, TensorInfo, read_header
+from abliterate.edit.cut import Cut
 from abliterate.edit.edits import build_edits
 from abliterate.edit.projections import (
     LocalProjection,
@@ -430,7 +431,7 @@ def test_every_writer_is_edited_along_its_axis_behind_its_gain(tmp_path: Path) -
 def test_strength_reaches_every_writer(tmp_path: Path) -> None:
     stored = weight("F32", 11, HIDDEN, seed=1)
     opened, r = checkpoint(tmp_path, head=stored), normal(0, HIDDEN)
-    edits = build_edits(opened, replace(PLAN, head_copy=True), r, strength=0.5)
+    edits = build_edits(opened, replace(PLAN, head_copy=True), Cut.uniform(r, PLAN.num_layers, 0.5))
     for name in ("embed", "head"):
         assert share(run(edits[name], stored), 1, make_projector(r)) > 0.4 * share(stored, 1, make_projector(r))
 

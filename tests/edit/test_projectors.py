@@ -137,7 +137,7 @@ def test_the_direction_at_every_boundary(projectors: Projectors) -> None:
     close(found.norm(dim=1), torch.ones(3).double())
 
 
-@pytest.mark.parametrize("shape", [(H - 1,), (1, H), (H, 1), ()])
+@pytest.mark.parametrize("shape", [(H - 1,), (1, H - 1), (1, 1, H), (H, 1), ()])
 def test_a_direction_of_another_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(EditError, match=rf"direction has shape .*; this model's stream is {H} wide"):
         Projectors(checkpoint(tmp_path), H, torch.ones(shape))

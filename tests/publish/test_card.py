@@ -140,7 +140,7 @@ def test_partial_edit_is_said_first(change: Change) -> None:
     manifest = change("edit.strength", 0.5)
     manifest["certificate"].update(holds=False, exact=False, claim="not exact: strength 0.5 leaves part")
     body = render_card(manifest, None, NAME).split("# " + NAME)[1].strip()
-    assert body.startswith("> **The edit is not exact.** Strength 0.5")
+    assert body.startswith("> **The edit is not exact**, on purpose")
     assert "W - 0.5\\,r\\,(r^\\top W)" in body and "**Not exact:** strength 0.5 leaves part." in body
     assert "direction removed" not in body and "not a finished conversion" not in body
     assert "at run time would" not in body

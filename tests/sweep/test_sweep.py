@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from abliterate.edit.cut import Cut
 from abliterate.edit.edits import build_edits
 from tests.sweep.beside import Beside, beside_table
 from tests.sweep.page import page, supported_on
@@ -82,7 +83,9 @@ def test_the_page_says_what_was_found() -> None:
 
 
 def test_what_is_left_is_seen_without_the_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
-    weaker = lambda checkpoint, plan, r, _strength, untie: build_edits(checkpoint, plan, r, 0.9, untie)  # noqa: E731
+    weaker = lambda checkpoint, plan, cut, untie: build_edits(
+        checkpoint, plan, Cut.uniform(cut.main, plan.num_layers, 0.9), untie
+    )  # noqa: E731
     monkeypatch.setattr("abliterate.conversion.build_edits", weaker)
     assert "does not hold" in run_case(cases()["llama"]).reason
     monkeypatch.setattr("abliterate.certify.certificate.Certificate.holds", True)
