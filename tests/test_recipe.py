@@ -93,12 +93,14 @@ def test_a_missing_key_stands_for_the_default(tmp_path: Path) -> None:
 FULL = """
 name: mine
 description: all of it
-calibration: {harmful: a.txt, harmless: "hf:org/data::train:text", look_alike: b.txt, train: 8, validation: 2, test: 1, thinking: "on"}
+calibration: {harmful: a.txt, harmless: "hf:org/data::train:text", look_alike: b.txt, train: 8, validation: 2, test: 1,
+  thinking: "on"}
 direction: {contrast: false-refusal, filter: false, refusal_tokens: [Sorry, "I"], positions: 3, mean: geometric-median,
   winsorize: 0.9, harmless_part: removed}
 selection: {max_layer_fraction: 1, max_kl: 2.5, min_induce: -1, strict: true, exhaustive: true}
-edit: {head: tied, directions: one, count: 1, span: pairs, strength: 0.5, strengths: curve, embeddings: kept, norms: kept,
-  attention: {peak: 0.1, at: 0.2, floor: 0.3, reach: 0.4}, mlp: {peak: 0.1, at: 0.2, floor: 0.3, reach: 0.4}}
+edit: {head: tied, directions: one, count: 1, span: pairs, strength: 0.5, strengths: curve, embeddings: kept,
+  norms: kept, attention: {peak: 0.1, at: 0.2, floor: 0.3, reach: 0.4},
+  mlp: {peak: 0.1, at: 0.2, floor: 0.3, reach: 0.4}}
 search: {steps: 3, kl_weights: [1.5, 2], max_strength: 0.7, directions: true, refusals: 0.1}
 evaluation: {max_new_tokens: 7}
 """
@@ -148,7 +150,7 @@ REFUSED = {
     "edit: {directions: subspace}": r"edit\.directions is subspace: say with edit\.count how many",
     "edit: {count: 2}": r"edit\.count is 2; it is for edit\.directions: subspace",
     "edit: {strengths: search}": r"edit\.strengths is search, which needs edit\.directions: per-layer",
-    "direction: {contrast: false-refusal}\nedit: {directions: per-layer}": r"false-refusal, which needs edit\.directions",
+    "direction: {contrast: false-refusal}\nedit: {directions: per-layer}": "false-refusal, which needs",
     "search: {kl_weights: []}": r"search\.kl_weights is \[\]; allowed: a list of numbers",
     "search: {kl_weights: [1, -1]}": r"search\.kl_weights is \[1, -1\]; allowed: 0 to 1e\+06",
     "search: {kl_weights: [a]}": r"search\.kl_weights is \['a'\]; allowed: a list of numbers",

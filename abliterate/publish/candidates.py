@@ -15,6 +15,16 @@ def ranked(selection: Record, most: int = SHOWN) -> list[Record]:
     return sorted(selection["candidates"], key=_rank)[:most]
 
 
+def spares(selection: Record) -> bool:
+    """Whether the direction is one of false refusals: then scores are of look-alikes and of harmful prompts."""
+    return bool(selection["method"] == "sparing")
+
+
+def score_names(selection: Record) -> tuple[str, str, str]:
+    """What the scores `bypass`, `induce` and `kl` are called."""
+    return ("look-alikes", "harmful", "KL") if spares(selection) else ("bypass", "induce", "KL")
+
+
 def _rank(row: Record) -> tuple[int, float, int, int]:
     bypass = row["bypass"] if row["bypass"] is not None and math.isfinite(row["bypass"]) else math.inf
     return _ORDER.index(row["status"]), bypass, row["layer"], -row["position"]
@@ -27,7 +37,7 @@ def verdict(row: Record, selection: Record) -> str:
         return "picked (KL bound relaxed)" if selection["relaxed"] else "picked"
     reasons = {
         "kl": f"KL above {limits['max_kl']:g}",
-        "induce": f"induce below {limits['min_induce']:g}",
+        "induce": "fewer harmful refused" if spares(selection) else f"induce below {limits['min_induce']:g}",
         "nan": "not a number",
         "screened": "dropped early",
         "layer": "layer too late",

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from abliterate.publish.candidates import ranked, verdict
+from abliterate.publish.candidates import ranked, score_names, spares, verdict
 from abliterate.publish.figures import significant, visible
 from abliterate.publish.markdown import code, plain, table
 
@@ -25,7 +25,7 @@ def method_text(manifest: Manifest) -> dict[str, Any]:
     pick = selection["pick"]
     return {
         **common,
-        "direction": "Between the mean hidden states of harmful prompts *H* and harmless prompts *B*:",
+        "direction": _between(selection),
         "direction_equation": True,
         "layer": pick["layer"],
         "position": f"{pick['position']}{_token(pick['position'], manifest['calibration'])}",
@@ -33,6 +33,11 @@ def method_text(manifest: Manifest) -> dict[str, Any]:
         "selection": _selection(selection),
         "candidates": _candidates(selection),
     }
+
+
+def _between(selection: Manifest) -> str:
+    kind = "refused look-alikes of harmful prompts" if spares(selection) else "harmful prompts"
+    return f"Between the mean hidden states of {kind} *H* and harmless prompts *B*:"
 
 
 def _strength(strength: float | None) -> str:
@@ -68,6 +73,12 @@ def _prompts(calibration: Manifest, filtered: bool) -> str:
 def _selection(selection: Manifest) -> str:
     pick, base, limits = selection["pick"], selection["baseline"], selection["thresholds"]
     reason = plain(selection["reason"])
+    if spares(selection):
+        return (
+            f"{reason[:1].upper()}{reason[1:]}, on validation prompts. Each candidate is first made orthogonal to the "
+            f"refusal direction at its place; the first token's KL on harmless prompts is "
+            f"{significant(pick['kl'])} nats. {len(selection['candidates'])} candidates were {_searched(selection)}."
+        )
     bypass = f"from {significant(base['harmful'])} to {significant(pick['bypass'])} (bypass)"
     induce = f"from {significant(base['harmless'])} to {significant(pick['induce'])} (induce)"
     return (
@@ -90,7 +101,7 @@ def _candidates(selection: Manifest) -> str:
         ]
         for row in ranked(selection)
     ]
-    return table(["candidate", "position", "layer", "bypass", "induce", "KL"], rows, right=5)
+    return table(["candidate", "position", "layer", *score_names(selection)], rows, right=5)
 
 
 def _searched(selection: Manifest) -> str:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from abliterate.publish.candidates import spares
 from abliterate.publish.figures import significant, visible
 
 # Okabe and Ito's colours, told apart by people with any common colour vision; the yellow is left out on white.
@@ -20,6 +21,11 @@ _PANELS = (
     ("bypass", "refusal score on harmful,\ndirection ablated (bypass)"),
     ("induce", "refusal score on harmless,\ndirection added (induce)"),
     ("kl", "KL from the base on\nharmless, nats (log)"),
+)
+_SPARING = (
+    ("bypass", "refusal score on look-alikes,\ndirection ablated"),
+    ("induce", "refusal score on harmful,\ndirection ablated"),
+    _PANELS[2],
 )
 _KL_FLOOR = 1e-5
 _GREY = "#5F5F5F"
@@ -39,7 +45,7 @@ def plot_selection(selection: Mapping[str, Any], path: Path, tokens: Sequence[st
     figure = Figure(figsize=(10, 9.5), dpi=140, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(3, 1, sharex=True))
-    for axes, (score, label) in zip(panels, _PANELS, strict=True):
+    for axes, (score, label) in zip(panels, _SPARING if spares(selection) else _PANELS, strict=True):
         _panel(axes, selection, score, label)
     figure.align_ylabels(panels)
     panels[-1].set_xlabel("layer", fontsize=12)
@@ -73,7 +79,12 @@ def _known(value: float | None) -> bool:
 
 
 def _height(row: Row, score: str) -> float:
-    return max(float(row[score]), _KL_FLOOR) if score == "kl" else float(row[score])
+    return max(float(row[score]), _SPARING = (
+    ("bypass", "refusal score on look-alikes,\ndirection ablated"),
+    ("induce", "refusal score on harmful,\ndirection ablated"),
+    _PANELS[2],
+)
+_KL_FLOOR) if score == "kl" else float(row[score])
 
 
 def _positions(selection: Row) -> list[int]:
@@ -131,6 +142,7 @@ def _bounds(axes: Axes, selection: Row, score: str) -> None:
         axes.axhline(0, color=_GREY, linewidth=0.8, zorder=1)
     if score == "induce":
         _rule(axes, selection["baseline"]["harmless"], "unedited model", ":")
+    if score == "induce" and not spares(selection):
         _rule(axes, limits["min_induce"], f"at least {limits['min_induce']:g}", "--")
     if score == "kl":
         _rule(axes, limits["max_kl"] if limits["max_kl"] > 0 else None, f"at most {limits['max_kl']:g}", "--")

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from abliterate.architecture.writer import Plan
 from abliterate.evaluation.metrics import Evaluation
-from abliterate.publish.candidates import SHOWN, ranked, verdict
+from abliterate.publish.candidates import SHOWN, ranked, score_names, verdict
 from abliterate.publish.figures import claim_of, metric_rows, significant, visible, writer_groups
 from abliterate.publish.plan_view import Sized, note, plan_table, simple_table, tensor_sizes
 
@@ -72,7 +72,7 @@ def compare_table(evaluations: Mapping[str, Record]) -> Table:
 def selection_table(selection: Record, most: int = SHOWN) -> Table:
     """The best candidates, the pick first, with the filter that each of the others fails."""
     table = simple_table(Text(_searched(selection, most), "dim"))
-    for name in ("position", "layer", "bypass", "induce", "KL", "prompts"):
+    for name in ("position", "layer", *score_names(selection), "prompts"):
         table.add_column(name, justify="right")
     table.add_column("")
     for row in ranked(selection, most):
@@ -164,7 +164,8 @@ def _pick_line(manifest: Record) -> Text:
     if manifest["calibration"] is not None:
         tokens = manifest["calibration"]["chat"]["post_instruction_tokens"]
     token = f" {visible(tokens[pick['position']])}" if -pick["position"] <= len(tokens) else ""
-    scores = ", ".join(f"{name} {significant(pick[name.lower()])}" for name in ("bypass", "induce", "KL"))
+    values = (pick[key] for key in ("bypass", "induce", "kl"))
+    scores = ", ".join(f"{name} {significant(v)}" for name, v in zip(score_names(selection), values, strict=True))
     line = Text(f"position {pick['position']}{token}, layer {pick['layer']}: {scores}")
     return line.append("; KL bound relaxed", "bold yellow") if selection["relaxed"] else line
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from abliterate.architecture.writer import Plan
+from abliterate.checkpoint.files import Checkpoint
 from abliterate.edit.cut import Cut
 from abliterate.edit.edits import build_edits
+from abliterate.edit.projections import Projection
 from tests.sweep.beside import Beside, beside_table
 from tests.sweep.page import page, supported_on
 from tests.sweep.pool import each
@@ -83,9 +86,9 @@ def test_the_page_says_what_was_found() -> None:
 
 
 def test_what_is_left_is_seen_without_the_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
-    weaker = lambda checkpoint, plan, cut, untie: build_edits(
-        checkpoint, plan, Cut.uniform(cut.main, plan.num_layers, 0.9), untie
-    )  # noqa: E731
+    def weaker(checkpoint: Checkpoint, plan: Plan, cut: Cut, untie: bool) -> dict[str, Projection]:
+        return build_edits(checkpoint, plan, Cut.uniform(cut.main, plan.num_layers, 0.9), untie)
+
     monkeypatch.setattr("abliterate.conversion.build_edits", weaker)
     assert "does not hold" in run_case(cases()["llama"]).reason
     monkeypatch.setattr("abliterate.certify.certificate.Certificate.holds", True)
