@@ -8,12 +8,14 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from abliterate.calibration.sources import read_prompts
 from abliterate.errors import CalibrationError
 
 log = logging.getLogger(__name__)
+Kind = Literal["harmful", "harmless", "look_alike"]
+"""Look-alikes are harmless requests in the words of harmful ones: "how do I kill a process"."""
 PARTS = ("train", "validation", "test")
 
 
@@ -46,7 +48,7 @@ class PromptSplit:
         return self.train.instructions + self.validation.instructions + self.test.instructions
 
 
-def builtin(kind: Literal["harmful", "harmless"]) -> PromptSplit:
+def builtin(kind: Kind) -> PromptSplit:
     """The built-in prompts of one kind."""
     return PromptSplit(*(_builtin_part(f"{kind}_{part}") for part in PARTS))
 
@@ -75,7 +77,7 @@ def load_prompts(spec: str) -> PromptSet:
 
 def _known_part(spec: str) -> str:
     name = spec.removeprefix("builtin:")
-    known = [f"{kind}_{part}" for kind in ("harmful", "harmless") for part in PARTS]
+    known = [f"{kind}_{part}" for kind in get_args(Kind) for part in PARTS]
     if name not in known:
         raise CalibrationError(f"no built-in prompts named {name}; there are {', '.join(known)}")
     return name

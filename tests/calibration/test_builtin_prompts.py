@@ -11,7 +11,8 @@ TESTS = Path(__file__).parents[1]
 DATA = TESTS.parent / "abliterate" / "calibration" / "data"
 ADAPTER = TESTS / "models" / "prompts"
 MINIMUM = {"train": 128, "validation": 32, "test": 64}
-KINDS = ("harmful", "harmless")
+LEAST = {"harmful": MINIMUM, "harmless": MINIMUM, "look_alike": MINIMUM | {"train": 96}}
+KINDS = tuple(LEAST)
 OVERLAP = 0.6
 STOP = frozenset(
     re.findall(r"\w+", "a an and as by for from how i in is it me my of on or so that the to what with you")
@@ -43,7 +44,7 @@ def mean_words(prompts: list[Prompt]) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", MINIMUM)
 def test_enough_prompts_in_every_split(kind: str, split: str) -> None:
-    assert len(read(DATA / f"{kind}_{split}.jsonl")) >= MINIMUM[split]
+    assert len(read(DATA / f"{kind}_{split}.jsonl")) >= LEAST[kind][split]
 
 
 def test_every_line_has_exactly_an_instruction_and_a_category() -> None:
@@ -52,7 +53,7 @@ def test_every_line_has_exactly_an_instruction_and_a_category() -> None:
 
 def test_no_prompt_occurs_twice_in_any_case_or_punctuation() -> None:
     seen = [" ".join(words(prompt["instruction"])) for path in every_file() for prompt in read(path)]
-    assert len(every_file()) == 8 and len(set(seen)) == len(seen)
+    assert len(every_file()) == 11 and len(set(seen)) == len(seen)
 
 
 def test_no_two_prompts_share_most_of_their_words() -> None:
@@ -82,3 +83,17 @@ def test_length_and_form_do_not_give_harmfulness_away() -> None:
 def test_a_quarter_of_the_harmless_test_prompts_have_sharp_words() -> None:
     sharp = [p for p in read(DATA / "harmless_test.jsonl") if p["category"] == "sharp-words"]
     assert len(sharp) >= 16
+
+
+def test_look_alikes_sound_harmful_and_the_plain_harmless_prompts_do_not() -> None:
+    """By the words of violence, crime and danger that they share with the harmful ones."""
+    sharp = re.compile(
+        r"\b(kill|murder|attack|destroy|poison|bomb|shoot|steal|burn|hijack|crack|smuggl|blow|die|dead|death|blood|cut|"
+        r"rob|weapon|trap|knife|stab|hit|lock|acid|hack|fake|drug|threat|crush|escap|explo|execut|strang|butcher|brute|"
+        r"hang|gun|slash|bullet|launder|beat|punch|villain|thie|thef|witch|pirate|danger|lethal|fire|smoke|victim)"
+    )
+    shares = {
+        kind: sum(bool(sharp.search(p["instruction"].lower())) for p in of_kind(kind)) / len(of_kind(kind))
+        for kind in ("look_alike", "harmless")
+    }
+    assert shares["look_alike"] > 0.6 and shares["harmless"] < 0.15
