@@ -61,7 +61,7 @@ calibration: {harmful: a.txt, harmless: "hf:org/data::train:text", train: 8, val
 direction: {filter: false, refusal_tokens: [Sorry, "I"], positions: 3}
 selection: {max_layer_fraction: 1, max_kl: 2.5, min_induce: -1, strict: true, exhaustive: true}
 edit: {head: tied, strength: 0.5}
-evaluation: {max_new_tokens: 7}
+evaluation: {max_new_tokens: 7, kl_tokens: 3}
 """
 
 
