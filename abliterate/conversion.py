@@ -25,7 +25,8 @@ from abliterate.direction.files import direction_bytes, load_cut
 from abliterate.edit.cut import Cut
 from abliterate.edit.edits import build_edits
 from abliterate.errors import ArchitectureError
-from abliterate.evaluation.metrics import EvaluationSet, Measured, evaluate_model
+from abliterate.evaluation.metrics import evaluate_model
+from abliterate.evaluation.sets import EvaluationSet, Measured
 from abliterate.find import FoundDirection, find_in
 from abliterate.identity import identity_of
 from abliterate.job import BaseFindings, Job, Written, command_of, output_bytes, unties
@@ -189,7 +190,7 @@ def _evaluation_data(
             lambda: discovered_tokens(base(), job.tongue, job.prompts, job.options.progress),
         )
     longest = job.options.max_new_tokens or job.recipe.evaluation.max_new_tokens
-    return evaluation_set(job.tongue, job.prompts, ids, longest)
+    return evaluation_set(job.tongue, job.prompts, ids, longest, job.recipe.evaluation.kl_tokens)
 
 
 def write_edited(job: Job, findings: BaseFindings, folder: Path, journal: Journal) -> Written:
@@ -242,7 +243,7 @@ def prove(job: Job, findings: BaseFindings, folder: Path, stages: Stages) -> tup
 def _measure_edited(job: Job, findings: BaseFindings, edited: Subject) -> Measured:
     assert findings.data is not None and findings.evaluation is not None
     model = load_model(edited, job.options, tokenizer=job.tongue.tokenizer)
-    return evaluate_model(model, findings.data, findings.evaluation.harmless_logits, job.options.progress, "after")
+    return evaluate_model(model, findings.data, findings.evaluation, job.options.progress, "after")
 
 
 def publish_files(

@@ -5,7 +5,7 @@ from typing import Any
 
 from abliterate.certify.certificate import Certificate
 from abliterate.checkpoint.files import DIRECTION_FILE
-from abliterate.evaluation.metrics import Measured
+from abliterate.evaluation.sets import Measured
 from abliterate.job import BaseFindings, Job, Written, unties
 from abliterate.record import (
     base_record,

@@ -10,7 +10,7 @@ from abliterate.certify.stream import StreamResidual
 from abliterate.checkpoint.files import DIRECTION_FILE
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.edit.cut import Cut
-from abliterate.evaluation.metrics import EvaluationSet, Measured
+from abliterate.evaluation.sets import EvaluationSet, Measured
 from abliterate.find import FoundDirection
 from abliterate.prompting import Prompts
 from abliterate.proving import StreamText, Tongue

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from abliterate.calibration.model import LanguageModel
+from abliterate.calibration.prompts import PromptSet, builtin
 from abliterate.direction.refusal_tokens import find_refusal_tokens
 from abliterate.errors import AbliterateError, CalibrationError
-from abliterate.evaluation.metrics import Evaluation, EvaluationSet, evaluate_model
+from abliterate.evaluation.metrics import evaluate_model
+from abliterate.evaluation.sets import Evaluation, EvaluationSet
 from abliterate.progress import Progress
 from abliterate.prompting import Prompts, encode, encode_plain, load_calibration, neutral_paragraphs
 from abliterate.proving import Tongue, tongue_of
@@ -29,21 +31,32 @@ class EvaluationReport:
 
 
 def evaluation_set(
-    tongue: Tongue, prompts: Prompts, refusal_tokens: Sequence[int] | None, max_new_tokens: int
+    tongue: Tongue, prompts: Prompts, refusal_tokens: Sequence[int] | None, max_new_tokens: int, kl_tokens: int
 ) -> EvaluationSet:
-    """The held-out prompts as token ids; without a chat format only harmless ones, as plain text."""
+    """The held-out prompts as token ids; without a chat format only harmless ones, as plain text.
+
+    Look-alikes are the built-in ones, as many as there are harmless prompts.
+    """
     text = "\n\n".join(neutral_paragraphs())
     neutral = encode_plain(tongue.tokenizer, [text])[0]
     if tongue.chat is None:
         plain = encode_plain(tongue.tokenizer, prompts.harmless.test.instructions)
-        return EvaluationSet([], plain, neutral, None, max_new_tokens)
+        return EvaluationSet([], plain, neutral, None, max_new_tokens, kl_tokens=kl_tokens)
     return EvaluationSet(
         encode(tongue.chat, prompts.harmful.test),
         encode(tongue.chat, prompts.harmless.test),
         neutral,
         refusal_tokens,
         max_new_tokens,
+        encode(tongue.chat, look_alikes(prompts)),
+        kl_tokens,
     )
+
+
+def look_alikes(prompts: Prompts) -> PromptSet:
+    """Held-out harmless prompts that sound harmful."""
+    whole = builtin("look_alike").test
+    return PromptSet.of(whole.instructions[: len(prompts.harmless.test.instructions)], whole.source)
 
 
 def evaluate(
@@ -70,13 +83,13 @@ def evaluate(
     prompts = load_calibration(chosen.calibration, options.seed)
     tokens = _refusal_tokens(subject, reference, options, tongue, prompts)
     longest = options.max_new_tokens or chosen.evaluation.max_new_tokens
-    data = evaluation_set(tongue, prompts, tokens, longest)
+    data = evaluation_set(tongue, prompts, tokens, longest, chosen.evaluation.kl_tokens)
     if reference is None:
         alone = evaluate_model(_loaded(subject, options, tongue), data, None, options.progress)
         return EvaluationReport(subject.name, alone.evaluation)
     base = evaluate_model(_loaded(reference, options, tongue), data, None, options.progress, "baseline")
     _same_vocabulary(subject, reference)
-    edited = evaluate_model(_loaded(subject, options, tongue), data, base.harmless_logits, options.progress, "model")
+    edited = evaluate_model(_loaded(subject, options, tongue), data, base, options.progress, "model")
     return EvaluationReport(subject.name, edited.evaluation, reference.name, base.evaluation)
 
 

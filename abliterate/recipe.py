@@ -97,6 +97,7 @@ class EvaluationRecipe:
     """How the result is measured."""
 
     max_new_tokens: int = field(default=48, metadata=_range(1, 4096))
+    kl_tokens: int = field(default=16, metadata=_range(0, 4096))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.direction.means import Mean
 from abliterate.direction.screening import Selection
 from abliterate.edit.cut import Cut
-from abliterate.evaluation.metrics import Evaluation
+from abliterate.evaluation.sets import Evaluation, differences
 from abliterate.find import FoundDirection
 from abliterate.publish.manifest import SCHEMA
 from abliterate.subject import RunOptions, Subject, versions
@@ -195,8 +195,14 @@ def _stream_record(stream: StreamResidual, certificate: Certificate) -> dict[str
 
 
 def evaluation_record(base: Evaluation, edited: Evaluation) -> dict[str, Any]:
-    """Before and after."""
-    return {"base": asdict(base), "edited": asdict(edited)}
+    """Before and after, and what changed prompt by prompt; without the samples."""
+    changes = {name: asdict(change) for name, change in differences(base, edited).items()}
+    return {"base": figures_record(base), "edited": figures_record(edited), "differences": changes}
+
+
+def figures_record(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation without the samples."""
+    return {name: value for name, value in asdict(evaluation).items() if name != "samples"}
 
 
 def output_shards(shards: Sequence[ShardRecord]) -> list[dict[str, Any]]:

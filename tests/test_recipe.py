@@ -102,7 +102,7 @@ edit: {head: tied, directions: one, count: 1, span: pairs, strength: 0.5, streng
   norms: kept, attention: {peak: 0.1, at: 0.2, floor: 0.3, reach: 0.4},
   mlp: {peak: 0.1, at: 0.2, floor: 0.3, reach: 0.4}}
 search: {steps: 3, kl_weights: [1.5, 2], max_strength: 0.7, directions: true, refusals: 0.1}
-evaluation: {max_new_tokens: 7}
+evaluation: {max_new_tokens: 7, kl_tokens: 3}
 """
 
 

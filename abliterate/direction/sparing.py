@@ -54,7 +54,8 @@ class Spared:
 
     Attributes:
         refused: share of look-alikes still refused. `score`: their mean refusal score.
-        kept: share of harmful prompts still refused. `harmful`: their mean refusal score. `kl`: mean KL on harmless prompts, in nats.
+        kept: share of harmful prompts still refused. `harmful`: their mean refusal score.
+        kl: mean KL on harmless prompts, in nats.
     """
 
     key: Key
@@ -162,8 +163,8 @@ def _choose(
     pick = min(near or sparing, key=lambda one: (one.refused, one.score, one.key))
     reason = (
         f"refusals of look-alikes go from {look_alike:.0%} to {pick.refused:.0%} and those of harmful prompts from "
-        f"{harmful:.0%} to {pick.kept:.0%}: the fewest of look-alikes among {len(near or sparing)} candidates that leave "
-        f"the others within {100 * SPARED:.0f} points"
+        f"{harmful:.0%} to {pick.kept:.0%}: the fewest of look-alikes among {len(near or sparing)} candidates that "
+        f"leave the others within {100 * SPARED:.0f} points"
     )
     found = {one.key: _candidate(one, one is pick, harmful, thresholds, prompts) for one in measured}
     candidates = tuple(found.get(key, Candidate(*key)) for key in grid)

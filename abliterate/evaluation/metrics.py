@@ -1,9 +1,8 @@
 """What a model does on held-out prompts, as rates and means. Completions are judged and dropped, never stored."""
 
+import functools
 import logging
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -13,90 +12,53 @@ from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.calibration.runner import Bar, Streamed
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.substrings import is_refusal
+from abliterate.evaluation.answers import Answers, distance, record_answers
+from abliterate.evaluation.degenerate import is_degenerate
+from abliterate.evaluation.sets import Evaluation, EvaluationSet, Measured, Samples
 from abliterate.progress import SILENT, Progress
 
 log = logging.getLogger(__name__)
 
 WINDOW = 256
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """What is measured on: token ids of held-out prompts, neutral text, and how long completions are.
-
-    Attributes:
-        harmful: empty for a model without a chat format, of which refusals are then not measured.
-        refusal_tokens: None where they are not known; the rates by score are then not measured.
-        neutral: token ids of the neutral text; empty leaves the cross-entropy out.
-    """
-
-    harmful: Sequence[Tokens]
-    harmless: Sequence[Tokens]
-    neutral: Tokens
-    refusal_tokens: Sequence[int] | None
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Rates are shares of prompts in 0..1, cross-entropy and KL in nats a token.
-
-    Attributes:
-        refusal_rate_substring, refusal_rate_score: refusals of harmful prompts.
-        over_refusal_rate_substring, over_refusal_rate_score: refusals of harmless prompts.
-        kl_first_token: mean KL(baseline || this) at the first token on harmless prompts; None without a baseline.
-        top1_agreement: share of harmless prompts whose most likely first token is the baseline's.
-    """
-
-    prompts_harmful: int
-    prompts_harmless: int
-    max_new_tokens: int
-    refusal_rate_substring: float | None
-    over_refusal_rate_substring: float | None
-    refusal_rate_score: float | None
-    over_refusal_rate_score: float | None
-    cross_entropy: float | None
-    kl_first_token: float | None = None
-    top1_agreement: float | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """An evaluation, with the first-token logits on harmless prompts that another model can be held against."""
-
-    evaluation: Evaluation
-    harmless_logits: Tensor
+KINDS = ("refusal_rate", "over_refusal_rate", "look_alike_refusal_rate")
+"""Of harmful, harmless and look-alike prompts."""
+Listener = Callable[[Sequence[str]], None]
 
 
 def evaluate_model(
     model: LanguageModel,
     data: EvaluationSet,
-    baseline: Tensor | None = None,
+    baseline: Measured | None = None,
     progress: Progress = SILENT,
     label: str = "evaluate",
+    hear: Listener | None = None,
 ) -> Measured:
     """Measures one model.
 
     Args:
-        baseline: first-token logits [harmless prompts, vocabulary] of the model to compare with.
+        baseline: the model to compare with, measured on the same prompts.
+        hear: is told the completions of all prompts, in the order of `EvaluationSet.prompts`.
     """
-    first = first_logits(model, [*data.harmful, *data.harmless], progress, f"{label}: first tokens")
-    harmful, harmless = first[: len(data.harmful)], first[len(data.harmful) :]
-    kl, agreement = compare(baseline, harmless) if baseline is not None else (None, None)
-    refusals, over_refusals = substring_rates(model, data, progress, label)
-    evaluation = Evaluation(
-        prompts_harmful=len(data.harmful),
-        prompts_harmless=len(data.harmless),
-        max_new_tokens=data.max_new_tokens,
-        refusal_rate_substring=refusals,
-        over_refusal_rate_substring=over_refusals,
-        refusal_rate_score=score_rate(harmful if data.harmful else None, data.refusal_tokens),
-        over_refusal_rate_score=score_rate(harmless if data.harmful else None, data.refusal_tokens),
-        cross_entropy=cross_entropy(model, data.neutral, progress) if data.neutral else None,
-        kl_first_token=kl,
-        top1_agreement=agreement,
+    first = first_logits(model, data.prompts, progress, f"{label}: first tokens")
+    start = len(data.harmful)
+    harmless = first[start : start + len(data.harmless)].clone()
+    completions = complete(model, data, progress, label)
+    texts = [model.decode(tokens) for tokens in completions]
+    if hear is not None:
+        hear(texts)
+    answers, along = _along_answers(model, data, completions, baseline, progress, label)
+    empty = Evaluation(
+        len(data.harmful),
+        len(data.harmless),
+        data.max_new_tokens,
+        prompts_look_alike=len(data.look_alike),
+        kl_tokens=min(data.kl_tokens, data.max_new_tokens),
     )
-    return Measured(evaluation, harmless)
+    samples = (_verdicts(data, texts, first), along, neutral_loss(model, data.neutral, progress))
+    found = functools.reduce(Evaluation.having, samples, empty)
+    if baseline is not None:
+        found = found.having(first_token(baseline.harmless_logits, harmless))
+    return Measured(found, harmless, answers)
 
 
 def first_logits(model: LanguageModel, prompts: Sequence[Tokens], progress: Progress, description: str) -> Tensor:
@@ -107,24 +69,10 @@ def first_logits(model: LanguageModel, prompts: Sequence[Tokens], progress: Prog
     return torch.stack([gathered[i] for i in range(len(prompts))])
 
 
-def compare(baseline: Tensor, logits: Tensor) -> tuple[float, float]:
-    """Mean KL(baseline || model) in nats, and the share of equal most-likely tokens."""
-    same = (baseline.argmax(-1) == logits.argmax(-1)).double().mean()
-    return float(kl_divergence(baseline, logits).double().mean()), float(same)
-
-
-def substring_rates(
-    model: LanguageModel, data: EvaluationSet, progress: Progress, label: str
-) -> tuple[float | None, float | None]:
-    """Refusals of harmful and of harmless prompts; None for a model without a chat format."""
-    if not data.harmful:
-        return None, None
+def complete(model: LanguageModel, data: EvaluationSet, progress: Progress, label: str) -> list[list[int]]:
+    """Greedy answers to all prompts, in one run."""
     _tell_cost(model, data.max_new_tokens)
-    prompts = [*data.harmful, *data.harmless]
-    completions = model.generate(prompts, data.max_new_tokens, progress, f"{label}: refusals")
-    refused = [is_refusal(model.decode(tokens)) for tokens in completions]
-    count = len(data.harmful)
-    return sum(refused[:count]) / count, sum(refused[count:]) / len(data.harmless)
+    return model.generate(data.prompts, data.max_new_tokens, progress, f"{label}: answers")
 
 
 def _tell_cost(model: LanguageModel, tokens: int) -> None:
@@ -139,24 +87,71 @@ def _tell_cost(model: LanguageModel, tokens: int) -> None:
         )
 
 
-def score_rate(logits: Tensor | None, refusal_tokens: Sequence[int] | None) -> float | None:
-    """Share of prompts whose refusal score is above 0."""
-    if not refusal_tokens or logits is None:
-        return None
-    return float((refusal_score(logits, refusal_tokens) > 0).double().mean())
+def by_kind(data: EvaluationSet, name: str, flags: Sequence[bool | None]) -> dict[str, tuple[bool | None, ...]]:
+    """Flags of all prompts as verdicts by the names of the three rates; nothing for a model without a chat format."""
+    if not data.harmful:
+        return {}
+    found, start = {}, 0
+    for kind, prompts in zip(KINDS, (data.harmful, data.harmless, data.look_alike), strict=True):
+        found[f"{kind}_{name}"] = tuple(flags[start : start + len(prompts)])
+        start += len(prompts)
+    return {kind: each for kind, each in found.items() if each}
 
 
-def cross_entropy(model: LanguageModel, tokens: Tokens, progress: Progress = SILENT) -> float:
-    """Mean negative log-likelihood in nats a token, over windows of 256 tokens, each token predicted once."""
+def _verdicts(data: EvaluationSet, texts: Sequence[str], first: Tensor) -> Samples:
+    """Refusals by phrase and by score, and degenerate answers to harmless prompts."""
+    start = len(data.harmful)
+    verdicts = by_kind(data, "substring", [is_refusal(text) for text in texts])
+    if data.refusal_tokens:
+        verdicts |= by_kind(data, "score", (refusal_score(first, data.refusal_tokens) > 0).tolist())
+    harmless = texts[start : start + len(data.harmless)]
+    return Samples({**verdicts, "degenerate_rate": tuple(map(is_degenerate, harmless))})
+
+
+def _along_answers(
+    model: LanguageModel,
+    data: EvaluationSet,
+    completions: Sequence[Tokens],
+    baseline: Measured | None,
+    progress: Progress,
+    label: str,
+) -> tuple[Answers | None, Samples]:
+    """A model's own answers where it is the base; else its distance from the base along the base's."""
+    if baseline is not None and baseline.answers is not None:
+        base, name = baseline.answers, f"{label}: base's answers"
+        found = distance(model, data.harmless, base, progress, name)
+        values = {"kl_answers": found.kl, "top1_agreement_answers": found.agreement}
+        return None, _losses(base, found.losses, values)
+    if baseline is not None or not data.kl_tokens:
+        return None, Samples()
+    own = completions[len(data.harmful) : len(data.harmful) + len(data.harmless)]
+    name, longest = f"{label}: own answers", data.max_new_tokens
+    answers = record_answers(model, data.harmless, own, min(data.kl_tokens, longest), longest, progress, name)
+    return answers, _losses(answers, answers.losses, {})
+
+
+def _losses(answers: Answers, losses: tuple[float, ...], values: dict[str, tuple[float, ...]]) -> Samples:
+    name = "cross_entropy_answers"
+    return Samples({}, {**values, name: losses}, {name: tuple(map(float, answers.lengths))})
+
+
+def first_token(baseline: Tensor, logits: Tensor) -> Samples:
+    """KL(baseline || model) in nats, and whether the likeliest token is the same, of each row of logits."""
+    same = (baseline.argmax(-1) == logits.argmax(-1)).tolist()
+    divergence = kl_divergence(baseline, logits).double().tolist()
+    return Samples({"top1_agreement": tuple(same)}, {"kl_first_token": tuple(divergence)})
+
+
+def neutral_loss(model: LanguageModel, tokens: Tokens, progress: Progress = SILENT) -> Samples:
+    """Mean negative log-likelihood in nats a token over windows of 256 tokens, each token predicted once."""
     windows = [tokens[start : start + WINDOW + 1] for start in range(0, len(tokens) - 1, WINDOW)]
-    losses = model.runner.run([partial(_loss, model, window) for window in windows], Bar(progress, "loss"))
-    found = dict(losses)
-    total = sum(found[number] for number in range(len(windows)))
-    return total / (len(tokens) - 1) if windows else math.nan
+    losses = dict(model.runner.run([partial(_loss, model, window) for window in windows], Bar(progress, "loss")))
+    values = tuple(losses[number] for number in range(len(windows)))
+    return Samples({}, {"cross_entropy": values}, {"cross_entropy": tuple(len(each) - 1.0 for each in windows)})
 
 
 def _loss(model: LanguageModel, window: Tokens) -> float:
-    """Summed over the window's tokens but the first."""
+    """Mean over the window's tokens but the first."""
     ids = torch.tensor([list(window)], device=model.device)
     logits = model.model(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
-    return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))

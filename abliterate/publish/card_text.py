@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from abliterate.publish.base_card import Inherited, is_hub_id
+from abliterate.publish.card_evidence import evidence_text
 from abliterate.publish.card_method import method_text
-from abliterate.publish.figures import claim_of, metric_rows, percent, significant, writer_groups
+from abliterate.publish.figures import claim_of, percent, significant, writer_groups
 from abliterate.publish.markdown import block, bullets, code, link, plain, table
 from abliterate.publish.usage import usage
 
@@ -20,7 +21,7 @@ def card_text(manifest: Manifest, inherited: Inherited, name: str, has_base_card
         "notices": _notices(manifest),
         "statement": _statement(manifest, inherited),
         "safety": bullets([*_safety(manifest), _license(inherited, has_base_card)]),
-        "evidence": _evidence(manifest["evaluation"]),
+        "evidence": evidence_text(manifest["evaluation"]),
         **_certificate(manifest),
         "verify": block(f"abliterate verify {code_word(name)}", "sh"),
         **method_text(manifest),
@@ -116,35 +117,6 @@ def _license(inherited: Inherited, has_base_card: bool) -> str:
     if inherited.license_link and inherited.license_link.startswith("https://"):
         named += f" ({link('text', inherited.license_link)})"
     return f"**License:** {named}, inherited from the base model; it still applies with its restrictions on use."
-
-
-def _evidence(evaluation: Manifest | None) -> str:
-    if evaluation is None:
-        return (
-            "**Not measured.** This conversion was run without evaluation: how often the model still refuses, and what "
-            "else changed, is not known."
-        )
-    base, edited = evaluation["base"], evaluation["edited"]
-    rows = [[metric.label, *texts] for metric, texts in metric_rows([base, edited])]
-    lines = [
-        _how_measured(edited),
-        table(["", "before", "after"], rows, right=2) if rows else "**Nothing could be measured.**",
-    ]
-    if base["refusal_rate_substring"] is None and edited["refusal_rate_substring"] is None:
-        lines.append("**Refusals were not measured.**")
-    return "\n\n".join(lines)
-
-
-def _how_measured(edited: Manifest) -> str:
-    harmful, harmless = edited["prompts_harmful"], edited["prompts_harmless"]
-    if not harmful:
-        return f"Measured on the saved files, with {harmless} prompts."
-    return (
-        f"Measured on the saved files, with {harmful} harmful and {harmless} harmless prompts that played no part in "
-        f"finding the direction. *By phrase*: a greedy answer of up to {edited['max_new_tokens']} tokens holds a "
-        "phrase of refusal. *By score*: the first token is more likely to start a refusal than not. One harmful prompt "
-        f"more or less is {percent(1 / harmful)}. Answers are judged and not kept."
-    )
 
 
 def _certificate(manifest: Manifest) -> dict[str, str]:

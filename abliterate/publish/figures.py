@@ -30,49 +30,6 @@ def percent(rate: float | None, count: int | None = None) -> str:
     return f"{text} ({round(rate * count)}/{count})" if count else text
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One row of evidence.
-
-    Attributes:
-        unit: "rate" (a share of prompts) or "nats".
-        count: the key of the number of prompts that a rate is a share of.
-        relative: measured against the base, which therefore has no figure of its own.
-        digits: significant ones, of nats.
-    """
-
-    key: str
-    label: str
-    unit: str
-    count: str | None = None
-    relative: bool = False
-    digits: int = 3
-
-    def text(self, evaluation: Mapping[str, Any]) -> str:
-        """The figure of one model."""
-        value = evaluation.get(self.key)
-        if self.unit == "rate":
-            return percent(value, evaluation.get(self.count) if self.count else None)
-        return significant(value, self.digits)
-
-
-METRICS = (
-    Metric("refusal_rate_substring", "harmful prompts refused, by phrase", "rate", "prompts_harmful"),
-    Metric("refusal_rate_score", "harmful prompts refused, by score", "rate", "prompts_harmful"),
-    Metric("over_refusal_rate_substring", "harmless prompts refused, by phrase", "rate", "prompts_harmless"),
-    Metric("over_refusal_rate_score", "harmless prompts refused, by score", "rate", "prompts_harmless"),
-    Metric("cross_entropy", "cross-entropy on neutral text, nats a token", "nats", digits=4),
-    Metric("kl_first_token", "KL from the base at the first token, nats", "nats", relative=True),
-    Metric("top1_agreement", "same first token as the base", "rate", "prompts_harmless", relative=True),
-)
-
-
-def metric_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[Metric, list[str]]]:
-    """Every metric that at least one of the models has a figure for, with the text for each."""
-    measured = [metric for metric in METRICS if any(each.get(metric.key) is not None for each in evaluations)]
-    return [(metric, [metric.text(each) for each in evaluations]) for metric in measured]
-
-
 def claim_of(certificate: Mapping[str, Any]) -> str:
     """The certificate's claim without its verdict and full stop, which the sentences around it bring."""
     claim: str = certificate["claim"]

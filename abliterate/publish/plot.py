@@ -79,12 +79,7 @@ def _known(value: float | None) -> bool:
 
 
 def _height(row: Row, score: str) -> float:
-    return max(float(row[score]), _SPARING = (
-    ("bypass", "refusal score on look-alikes,\ndirection ablated"),
-    ("induce", "refusal score on harmful,\ndirection ablated"),
-    _PANELS[2],
-)
-_KL_FLOOR) if score == "kl" else float(row[score])
+    return max(float(row[score]), _KL_FLOOR) if score == "kl" else float(row[score])
 
 
 def _positions(selection: Row) -> list[int]:

@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from abliterate.architecture.writer import Plan
-from abliterate.evaluation.metrics import Evaluation
+from abliterate.evaluation.sets import Evaluation
 from abliterate.publish.candidates import SHOWN, ranked, score_names, verdict
-from abliterate.publish.figures import claim_of, metric_rows, significant, visible, writer_groups
+from abliterate.publish.evidence import caption, metric_rows
+from abliterate.publish.figures import claim_of, significant, visible, writer_groups
 from abliterate.publish.plan_view import Sized, note, plan_table, simple_table, tensor_sizes
 
 Record = Mapping[str, Any]
@@ -60,12 +61,12 @@ def closing_table(manifest: Record, folder: str | None = None) -> RenderableType
 
 def compare_table(evaluations: Mapping[str, Record]) -> Table:
     """Metrics of one or more models side by side, by the models' names; what none was measured on is left out."""
-    table = simple_table()
+    table = simple_table(Text(caption(list(evaluations.values())[-1]), "dim"))
     table.add_column("")
     for name in evaluations:
         table.add_column(Text(name), justify="right", overflow="fold")
-    for metric, texts in metric_rows(list(evaluations.values())):
-        table.add_row(Text(metric.label), *map(Text, texts))
+    for _, label, texts in metric_rows(list(evaluations.values())):
+        table.add_row(Text(label), *map(Text, texts))
     return table
 
 

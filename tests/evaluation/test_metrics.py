@@ -12,24 +12,18 @@ import torch
 from torch import Tensor
 
 from abliterate.calibration.model import LanguageModel, Tokens
-from abliterate.evaluation.metrics import (
-    WINDOW,
-    Evaluation,
-    EvaluationSet,
-    compare,
-    cross_entropy,
-    evaluate_model,
-    score_rate,
-    substring_rates,
-)
-from abliterate.progress import SILENT
+from abliterate.codec import decode, encode
+from abliterate.evaluation.metrics import WINDOW, by_kind, evaluate_model, first_token, neutral_loss
+from abliterate.evaluation.sets import Evaluation, EvaluationSet, Measured, Samples, differences
+from abliterate.evaluation.statistics import Rate
 from tests.resident import VOCABULARY, llama, random_prompts, resident
 
 REFUSALS = ("I cannot help", "I'm sorry, no", "Well. AS AN AI, no", "I\u2019m unable to")
 ANSWERS = ("Sure.", "", "The Mekong.", "I can", "Here is a list.")
 HARMFUL, HARMLESS = random_prompts(5, seed=1), random_prompts(7, seed=2)
 NEUTRAL = random_prompts(1, seed=3, shortest=40, longest=40)[0]
-DATA = EvaluationSet(HARMFUL, HARMLESS, NEUTRAL, [5, 9], 6)
+LOOK_ALIKE = random_prompts(6, seed=5)
+DATA = EvaluationSet(HARMFUL, HARMLESS, NEUTRAL, [5, 9], 6, LOOK_ALIKE)
 
 
 class Scripted(LanguageModel):
@@ -47,8 +41,16 @@ def scripted() -> LanguageModel:
     return Scripted(**{field.name: getattr(MODEL, field.name) for field in dataclasses.fields(LanguageModel)})
 
 
-MODEL = resident(llama(), batch_size=3)
-OTHER = resident(llama(seed=1), batch_size=2)
+class Words:
+    """Every eighth token is a refusal, so that a random model refuses now and then."""
+
+    def decode(self, tokens: Tokens, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return " ".join(f"word{token}" if token % 8 else "I cannot" for token in tokens)
+
+
+MODEL = resident(llama(), batch_size=3, tokenizer=Words())
+OTHER = resident(llama(seed=1), batch_size=2, tokenizer=Words())
 
 
 def last_logits(model: LanguageModel, prompts: Sequence[Tokens]) -> Tensor:
@@ -64,27 +66,20 @@ def share(flags: Sequence[bool]) -> float:
 
 def test_refusals_by_substring() -> None:
     texts = (*REFUSALS, *ANSWERS)
-    for prompts, rate in ((HARMFUL, "refusal_rate_substring"), (HARMLESS, "over_refusal_rate_substring")):
+    for prompts, kind in ((HARMFUL, "refusal"), (HARMLESS, "over_refusal"), (LOOK_ALIKE, "look_alike_refusal")):
+        rate = f"{kind}_rate_substring"
         found = getattr(evaluate_model(scripted(), DATA).evaluation, rate)
         expected = share([texts[tokens[0] % len(texts)] in REFUSALS for tokens in prompts])
         assert found == pytest.approx(expected) and 0 < expected < 1
 
 
-class Words:
-    """Every eighth token is a refusal, so that a random model refuses now and then."""
-
-    def decode(self, tokens: Tokens, skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return " ".join(f"word{token}" if token % 8 else "I cannot" for token in tokens)
-
-
 def test_substrings_in_what_the_model_itself_writes() -> None:
-    made = resident(MODEL.model, batch_size=3, tokenizer=Words())
-    wrote = made.generate([*HARMFUL, *HARMLESS], 3)
+    wrote = MODEL.generate([*HARMFUL, *HARMLESS], 3)
     refused = [any(token % 8 == 0 for token in tokens) for tokens in wrote]
     expected = share(refused[: len(HARMFUL)]), share(refused[len(HARMFUL) :])
-    found = substring_rates(made, dataclasses.replace(DATA, max_new_tokens=3), SILENT, "refusals")
-    assert found == pytest.approx(expected) and 0 < sum(expected) < 2
+    found = evaluate_model(MODEL, dataclasses.replace(DATA, max_new_tokens=3)).evaluation
+    rates = (found.refusal_rate_substring, found.over_refusal_rate_substring)
+    assert rates == pytest.approx(expected) and 0 < sum(expected) < 2
 
 
 def test_refusals_by_score() -> None:
@@ -101,12 +96,22 @@ def test_refusals_by_score() -> None:
 
 @pytest.mark.parametrize("tokens", [None, [], ()])
 def test_without_refusal_tokens_there_is_no_rate_by_score(tokens: list[int] | None) -> None:
-    assert score_rate(torch.zeros(3, 9), tokens) is None
-    assert score_rate(None, [1]) is None
+    found = evaluate_model(scripted(), dataclasses.replace(DATA, refusal_tokens=tokens)).evaluation
+    assert found.refusal_rate_score is None and found.refusal_rate_substring is not None
+    assert not any("score" in name for name in (*found.intervals, *found.samples.verdicts))
 
 
-def test_a_score_of_zero_is_no_refusal() -> None:
-    assert score_rate(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), [0]) == 0.5
+def test_flags_are_given_out_in_the_order_of_the_prompts() -> None:
+    flags = [True] * 5 + [False] * 7 + [None] * 6
+    assert by_kind(DATA, "x", flags) == {
+        "refusal_rate_x": (True,) * 5,
+        "over_refusal_rate_x": (False,) * 7,
+        "look_alike_refusal_rate_x": (None,) * 6,
+    }
+    assert set(by_kind(dataclasses.replace(DATA, look_alike=[]), "x", flags)) == {
+        "refusal_rate_x",
+        "over_refusal_rate_x",
+    }
 
 
 def test_kl_and_agreement_with_a_baseline() -> None:
@@ -116,8 +121,8 @@ def test_kl_and_agreement_with_a_baseline() -> None:
     reverse = float((q * (q / p).log()).sum(-1).mean())
     same = share([bool(a == b) for a, b in zip(base.argmax(-1), other.argmax(-1), strict=True)])
     measured = evaluate_model(scripted(), DATA)
-    against = dataclasses.replace(DATA, harmful=[])
-    found = evaluate_model(OTHER, against, measured.harmless_logits).evaluation
+    against = dataclasses.replace(DATA, harmful=[], look_alike=[])
+    found = evaluate_model(OTHER, against, measured).evaluation
     assert found.kl_first_token == pytest.approx(kl, rel=1e-4) and kl != pytest.approx(reverse, rel=1e-2)
     assert found.top1_agreement == pytest.approx(same)
     torch.testing.assert_close(measured.harmless_logits.double(), base, atol=1e-4, rtol=1e-4)
@@ -126,16 +131,22 @@ def test_kl_and_agreement_with_a_baseline() -> None:
 def test_agreement_is_a_share() -> None:
     base = torch.eye(4)
     other = base[[0, 1, 3, 2]]
-    kl, agreement = compare(base, other)
-    assert agreement == 0.5 and kl > 0
-    assert compare(base, base + 3.0) == (0.0, 1.0)
+    samples = first_token(base, other)
+    assert samples.verdicts["top1_agreement"] == (True, True, False, False)
+    kl = samples.values["kl_first_token"]
+    assert kl[:2] == (0.0, 0.0) and min(kl[2:]) > 0
+    assert first_token(base, base + 3.0).means()["kl_first_token"].value == 0.0
 
 
 def test_a_model_against_itself() -> None:
     measured = evaluate_model(scripted(), DATA)
-    found = evaluate_model(scripted(), DATA, measured.harmless_logits).evaluation
+    found = evaluate_model(scripted(), DATA, measured).evaluation
     assert (found.kl_first_token, found.top1_agreement) == (0.0, 1.0)
     assert measured.evaluation.kl_first_token is None and measured.evaluation.top1_agreement is None
+
+
+def cross_entropy(model: LanguageModel, tokens: Tokens) -> float:
+    return neutral_loss(model, tokens).means()["cross_entropy"].value
 
 
 @pytest.mark.parametrize("length", [2, 3, WINDOW, WINDOW + 1, WINDOW + 2, 2 * WINDOW + 40])
@@ -154,8 +165,7 @@ def test_cross_entropy_predicts_every_token_but_the_first_once(length: int) -> N
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_cross_entropy_of_nothing(length: int) -> None:
-    assert math.isnan(cross_entropy(MODEL, [5] * length))
-    found = evaluate_model(scripted(), dataclasses.replace(DATA, neutral=[])).evaluation
+    found = evaluate_model(scripted(), dataclasses.replace(DATA, neutral=[5] * length)).evaluation
     assert found.cross_entropy is None
 
 
@@ -181,9 +191,9 @@ def test_completions_are_nowhere_kept(
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.DEBUG)
     measured = evaluate_model(scripted(), DATA)
-    values = dataclasses.asdict(measured.evaluation).values()
-    assert all(value is None or type(value) in (int, float) for value in values)
-    assert [field.name for field in dataclasses.fields(measured)] == ["evaluation", "harmless_logits"]
+    assert not any(text in repr(measured.evaluation) for text in (*REFUSALS, *ANSWERS) if text)
+    assert [field.name for field in dataclasses.fields(measured)] == ["evaluation", "harmless_logits", "answers"]
+    assert measured.answers is None
     assert measured.harmless_logits.shape == (len(HARMLESS), VOCABULARY)
     assert list(tmp_path.iterdir()) == []
     said = caplog.text + "".join(capsys.readouterr())
@@ -193,4 +203,54 @@ def test_completions_are_nowhere_kept(
 def test_what_was_measured_on() -> None:
     found = evaluate_model(scripted(), DATA).evaluation
     assert isinstance(found, Evaluation)
-    assert (found.prompts_harmful, found.prompts_harmless, found.max_new_tokens) == (5, 7, 6)
+    assert (found.sizes, found.max_new_tokens, found.kl_tokens) == ((5, 7, 6), 6, 0)
+
+
+def test_every_figure_has_its_interval_and_samples() -> None:
+    measured = evaluate_model(scripted(), DATA)
+    found = evaluate_model(scripted(), DATA, measured).evaluation
+    figures = {name for name in found.intervals if getattr(found, name) is not None}
+    assert figures == set(found.intervals) == {*found.samples.verdicts, *found.samples.values}
+    assert {"refusal_rate_substring", "look_alike_refusal_rate_score", "degenerate_rate", "cross_entropy"} <= figures
+    for name, (low, high) in found.intervals.items():
+        assert low <= getattr(found, name) <= high
+    for name, flags in found.samples.verdicts.items():
+        rate = Rate(sum(map(bool, flags)), len(flags))
+        assert (getattr(found, name), found.intervals[name]) == (rate.value, (rate.low, rate.high))
+
+
+def test_the_listener_hears_every_completion_in_order() -> None:
+    heard: list[str] = []
+    evaluate_model(scripted(), DATA, hear=heard.extend)
+    texts = (*REFUSALS, *ANSWERS)
+    assert heard == [texts[tokens[0] % len(texts)] for tokens in DATA.prompts]
+
+
+def test_degenerate_answers_to_harmless_prompts() -> None:
+    found = evaluate_model(scripted(), DATA).evaluation
+    texts = (*REFUSALS, *ANSWERS)
+    assert found.samples.verdicts["degenerate_rate"] == tuple(texts[p[0] % len(texts)] == "" for p in HARMLESS)
+
+
+def test_changes_are_paired() -> None:
+    before = Evaluation(4, 4, 6).having(
+        Samples({"refusal_rate_substring": (True, True, False, None)}, {"cross_entropy": (1.0, 3.0)},
+                {"cross_entropy": (1.0, 3.0)})
+    )  # fmt: skip
+    after = Evaluation(4, 4, 6).having(
+        Samples({"refusal_rate_substring": (False, True, False, True), "top1_agreement": (True,)},
+                {"cross_entropy": (2.0, 3.0)}, {"cross_entropy": (1.0, 3.0)})
+    )  # fmt: skip
+    found = differences(before, after)
+    assert set(found) == {"refusal_rate_substring", "cross_entropy"}
+    assert found["refusal_rate_substring"].value == pytest.approx(-1 / 3), "of the three pairs with both verdicts"
+    assert found["cross_entropy"].value == pytest.approx(0.25)
+    assert before.refusal_rate_substring == pytest.approx(2 / 3) and before.cross_entropy == pytest.approx(2.5)
+
+
+def test_what_is_measured_is_stored_exactly() -> None:
+    measured = evaluate_model(MODEL, dataclasses.replace(DATA, kl_tokens=4))
+    stored = decode(Measured, encode(measured))
+    assert stored.evaluation == measured.evaluation
+    again = [evaluate_model(OTHER, DATA, each).evaluation for each in (measured, stored)]
+    assert again[0] == again[1] and again[0].kl_answers is not None and again[0].kl_answers > 0

@@ -2,13 +2,18 @@
 
 import copy
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from abliterate.evaluation.metrics import KINDS
+from abliterate.evaluation.sets import Evaluation, Samples
+from abliterate.publish.manifest import manifest_schema
 from abliterate.recipe import Recipe
+from abliterate.record import evaluation_record
 
 LAYERS = 30
 POSITIONS = 5
@@ -105,31 +110,41 @@ def _writers() -> list[dict[str, Any]]:
     return rows
 
 
-def _metrics(**values: float | None) -> dict[str, Any]:
-    return {"prompts_harmful": 64, "prompts_harmless": 64, "max_new_tokens": 32, **values}
+def _flags(hits: int, total: int = 64) -> tuple[bool, ...]:
+    return tuple(i < hits for i in range(total))
+
+
+def _spread(mean: float, count: int = 64) -> tuple[float, ...]:
+    """Values around a mean, a few of them far above it, as those of prompts are."""
+    drawn = [1.8 if i % 9 == 0 else 0.9 for i in range(count)]
+    return tuple(mean * each * count / sum(drawn) for each in drawn)
+
+
+def _evaluation(refused: tuple[int, ...], losses: tuple[float, float], distances: tuple[float, ...]) -> Evaluation:
+    """Figures of prompts refused by phrase and score of each kind, degenerate answers, and losses."""
+    names = [f"{kind}_{how}" for kind in KINDS for how in ("substring", "score")]
+    verdicts = {name: _flags(hits) for name, hits in zip((*names, "degenerate_rate"), refused, strict=True)}
+    values = {"cross_entropy": _spread(losses[0], 12), "cross_entropy_answers": _spread(losses[1])}
+    weights = {"cross_entropy": (256.0,) * 12, "cross_entropy_answers": (16.0,) * 64}
+    if distances:
+        verdicts["top1_agreement"] = _flags(int(distances[0]))
+        values |= {"kl_first_token": _spread(distances[1]), "kl_answers": _spread(distances[2])}
+        values["top1_agreement_answers"] = _spread(distances[3])
+    empty = Evaluation(64, 64, 32, prompts_look_alike=64, kl_tokens=16)
+    return empty.having(Samples(verdicts, values, weights))
 
 
 def build_evaluation() -> dict[str, Any]:
-    return {
-        "base": _metrics(
-            refusal_rate_substring=0.984375,
-            refusal_rate_score=0.96875,
-            over_refusal_rate_substring=0.03125,
-            over_refusal_rate_score=0.015625,
-            cross_entropy=3.0417,
-            kl_first_token=None,
-            top1_agreement=None,
-        ),
-        "edited": _metrics(
-            refusal_rate_substring=0.015625,
-            refusal_rate_score=0.0,
-            over_refusal_rate_substring=0.0,
-            over_refusal_rate_score=0.0,
-            cross_entropy=3.0533,
-            kl_first_token=0.041273,
-            top1_agreement=0.953125,
-        ),
-    }
+    base = _evaluation((63, 62, 2, 1, 11, 8, 1), (3.0417, 0.7912), ())
+    edited = _evaluation((1, 0, 0, 0, 0, 0, 2), (3.0533, 0.8144), (61, 0.041273, 0.023456, 0.921))
+    record: dict[str, Any] = json.loads(json.dumps(evaluation_record(base, edited)))
+    return record
+
+
+def _older_evaluation() -> dict[str, Any]:
+    found = build_evaluation()
+    keys = manifest_schema()["$defs"]["evaluation"]["required"]
+    return {which: {key: found[which][key] for key in keys} for which in ("base", "edited")}
 
 
 def _certificate() -> dict[str, Any]:
@@ -224,6 +239,12 @@ def _gemma() -> dict[str, Any]:
 def manifest() -> dict[str, Any]:
     """Calibrated, tied, everything measured and well."""
     return build_manifest()
+
+
+@pytest.fixture
+def older_manifest() -> dict[str, Any]:
+    """As it was before there were intervals."""
+    return {**build_manifest(), "evaluation": _older_evaluation()}
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_relaxed_selection_is_said_first(change: Change) -> None:
 
 def test_nothing_is_said_that_was_not_measured(manifest: Manifest, change: Change) -> None:
     card = render_card(change("evaluation", None), None, NAME)
-    assert "**Not measured.**" in card and "98.4 %" not in card and "cross-entropy" not in card
+    assert "**Not measured.**" in card and "98.4 %" not in card and "loss on" not in card
     for which in ("base", "edited"):
         for key in manifest["evaluation"]["base"]:
             if "refusal" in key:
@@ -162,10 +162,10 @@ def test_nothing_is_said_that_was_not_measured(manifest: Manifest, change: Chang
     card = render_card(manifest, None, NAME)
     assert (
         "**Refusals were not measured.**" in card
-        and "prompts refused" not in card
-        and "KL from the base at" not in card
+        and "refused, by" not in card
+        and "KL from the base, first" not in card
     )
-    assert "| 3.042 | 3.053 |" in card and "declined" not in card
+    assert "| 3.042 [2.607, 3.693] | 3.053 [2.617, 3.708] |" in card and "declined" not in card
 
 
 def test_heads(change: Change) -> None:
@@ -245,3 +245,13 @@ def test_card_is_yaml_and_ends_with_a_newline(manifest: Manifest) -> None:
         and "\n\n\n" not in card
         and card == render_card(json.loads(json.dumps(manifest)), BASE, NAME)
     )
+
+
+def test_evidence_has_intervals_and_changes(manifest: Manifest, older_manifest: Manifest) -> None:
+    card = render_card(manifest, None, NAME)
+    assert "| harmful refused, by phrase | 98.4 % [91.7, 99.7] | 1.6 % [0.3, 8.3] | -96.9 [-100, -92.2] |" in card
+    assert "| look-alikes refused, by phrase | 17.2 % [9.9, 28.2] | 0 % [0, 5.7] | -17.2 [" in card
+    assert "| KL from the base, 16 tokens | – | 0.0235 [" in card and "*Look-alikes* are harmless" in card
+    older = render_card(older_manifest, None, NAME)
+    assert "| harmful refused, by phrase | 98.4 % (63/64) | 1.56 % (1/64) |\n" in older
+    assert not any(word in older for word in ("intervals", "ook-alike", "changes"))

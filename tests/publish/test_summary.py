@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from abliterate.architecture.writer import Plan, Role, Runtime, Step, TensorRole, Writer
-from abliterate.evaluation.metrics import Evaluation
+from abliterate.evaluation.sets import Evaluation, Samples
 from abliterate.publish import summary
 from abliterate.publish.figures import percent, ranges, significant, sizes, visible
 from abliterate.publish.plan_view import plan_table
@@ -186,8 +186,17 @@ def test_selection_is_ranked(manifest: Manifest) -> None:
 def test_comparison_leaves_out_what_was_not_measured(manifest: Manifest) -> None:
     base = manifest["evaluation"]["base"]
     text = _text(compare_table({"org/one": base}))
-    assert "org/one" in text and "KL from the base" not in text and "98.4 % (63/64)" in text
-    assert "3.042" in text and "–" not in text
+    assert "org/one" in text and "KL from the base" not in text and "by judge" not in text
+    assert "98.4 % [91.7, 99.7]" in text and "3.042 [" in text and "–" not in text
+    assert "64 harmful, 64 harmless and 64 look-alike prompts, answers of up to 32 tokens; loss and KL" in " ".join(
+        text.split()
+    )
+
+
+def test_an_older_manifest_is_shown_with_counts(older_manifest: Manifest) -> None:
+    older = older_manifest["evaluation"]
+    text = _text(compare_table({"before": older["base"], "after": older["edited"]}))
+    assert "98.4 % (63/64)" in text and "0.0413\n" in text and "[" not in text and "look-alike" not in text
 
 
 @dataclass(frozen=True)
@@ -200,6 +209,7 @@ class _Report:
 
 def test_printing(manifest: Manifest, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     evaluation = Evaluation(**manifest["evaluation"]["base"])
+    assert evaluation.samples == Samples(), "a manifest has no samples"
     summary.print_conversion(manifest, "Pico-out")
     assert "written      Pico-out" in capsys.readouterr().out
     summary.print_selection(manifest["selection"])
