@@ -128,7 +128,8 @@ def direction(model: str, out: Path, overwrite: bool, as_json: bool, **given: An
     grid's `bypass`, `induce` and `kl` scores.
     """
     with loading():
-        from abliterate.find import find_direction, thresholds_of
+        from abliterate.find import find_direction
+        from abliterate.picking import thresholds_of
         from abliterate.publish.summary import print_selection
         from abliterate.record import selection_record
 

@@ -10,18 +10,17 @@ from torch import Tensor
 from abliterate.calibration.chat import ChatFormat
 from abliterate.calibration.model import LanguageModel
 from abliterate.checkpoint.diskio import check_file_target, write_file
-from abliterate.cutting import candidates_span, pairs_span, per_layer, uniform
 from abliterate.direction.files import direction_bytes
 from abliterate.direction.means import Directions, Mean, MeanMethod, difference, mean_hidden
 from abliterate.direction.refusal_tokens import RefusalTokens, find_refusal_tokens, named_refusal_tokens
-from abliterate.direction.scoring import ScoreSheet, Validation
-from abliterate.direction.screening import Selection, choose_direction
-from abliterate.direction.selection import Choice, Thresholds
+from abliterate.direction.screening import Selection
+from abliterate.direction.sparing import apart
 from abliterate.edit.cut import Cut
 from abliterate.errors import CalibrationError
+from abliterate.picking import Picked, Picking
 from abliterate.progress import Progress
 from abliterate.prompting import Prompts, chat_format, encode, load_calibration
-from abliterate.recipe import DirectionRecipe, EditRecipe, Recipe, SelectionRecipe, load_recipe
+from abliterate.recipe import DirectionRecipe, Recipe, load_recipe
 from abliterate.stages import NO_STAGES, Once, Stages
 from abliterate.subject import RunOptions, load_model, open_subject, tokenizer_of
 
@@ -63,20 +62,6 @@ class FoundDirection:
         return hashlib.sha256(self.file_bytes()).hexdigest()
 
 
-def thresholds_of(recipe: SelectionRecipe) -> Thresholds:
-    """The rule's thresholds as the recipe sets them."""
-    return Thresholds(recipe.max_layer_fraction, recipe.max_kl, recipe.min_induce, recipe.strict)
-
-
-@dataclass(frozen=True)
-class _Picked:
-    """What the selection gave: the direction is that at the end of the stream, which takes the model to tell."""
-
-    selection: Selection
-    unit: Tensor
-    cut: Cut
-
-
 def find_in(
     base: Once[LanguageModel],
     chat: ChatFormat,
@@ -108,55 +93,20 @@ def find_in(
         return stages.stage(name, Mean, make)
 
     harmful, harmless = mean("harmful", train[0], sign), mean("harmless", train[1], -sign)
-    data = Validation(encode(chat, prompts.harmful.validation), encode(chat, prompts.harmless.validation), tokens.ids)
+    spares = recipe.direction.contrast == "false-refusal"
+    look_alike = mean("look-alike", encode(chat, prompts.look_alike.train), sign) if spares else None
 
     def grid() -> Directions:
         transport = base.made.stream.transport if base.made else None
-        return difference(harmful, harmless, transport, recipe.direction.harmless_part == "kept")
+        keep = recipe.direction.harmless_part == "kept"
+        refusal = difference(harmful, harmless, transport, keep)
+        return apart(difference(look_alike, harmless, transport, keep), refusal) if look_alike else refusal
 
-    picked = stages.stage("selection", _Picked, lambda: _pick(base(), grid(), train, data, recipe, progress, stages))
+    picking = Picking(chat, prompts, tokens, recipe, progress, stages)
+    picked = stages.stage("selection", Picked, lambda: picking.pick(base(), grid()))
     if picked.selection.choice.relaxed:
         log.warning("selection relaxed: %s", picked.selection.choice.reason)
     return FoundDirection(picked.unit, picked.cut, grid(), picked.selection, tokens, chat, prompts)
-
-
-def _pick(
-    model: LanguageModel,
-    directions: Directions,
-    train: tuple[list[list[int]], list[list[int]]],
-    data: Validation,
-    recipe: Recipe,
-    progress: Progress,
-    stages: Stages,
-) -> _Picked:
-    """Measures the candidates, and picks one."""
-    if model.stream.unreached:
-        log.warning("scores leave out %s, whose output no hook reaches", ", ".join(model.stream.unreached[:3]))
-    sheet = ScoreSheet(model, directions, data)
-    rule = recipe.selection
-    selection = choose_direction(sheet, thresholds_of(rule), rule.exhaustive, progress, stages)
-    pick = selection.choice.pick
-    cut = _cut(model, directions, selection.choice, train, recipe.edit, progress)
-    return _Picked(selection, directions.unit(pick.position, pick.layer), cut)
-
-
-def _cut(
-    model: LanguageModel,
-    directions: Directions,
-    choice: Choice,
-    train: tuple[list[list[int]], list[list[int]]],
-    recipe: EditRecipe,
-    progress: Progress,
-) -> Cut:
-    """What the recipe removes."""
-    pick, layers = choice.pick, directions.grid.shape[1]
-    if recipe.directions == "per-layer":
-        return per_layer(directions, pick, recipe)
-    if recipe.directions == "one":
-        return uniform(directions.unit(pick.position, pick.layer), layers, recipe)
-    if recipe.span == "pairs":
-        return uniform(pairs_span(model, directions, pick, train, recipe.count, progress), layers, recipe)
-    return uniform(candidates_span(directions, choice.candidates, pick, recipe.count), layers, recipe)
 
 
 def mean_method(recipe: DirectionRecipe) -> MeanMethod:

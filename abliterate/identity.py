@@ -27,7 +27,8 @@ def identity_of(job: Job) -> dict[str, Any]:
     source = job.subject.source
     return {
         "recipe": job.recipe.as_dict(),
-        "prompts": {"harmful": _split(job.prompts.harmful), "harmless": _split(job.prompts.harmless)},
+        "prompts": {"harmful": _split(job.prompts.harmful), "harmless": _split(job.prompts.harmless)}
+        | {"look-alikes": _split(job.prompts.look_alike)},
         "base": {"name": job.subject.name, "revision": source.revision, "commit": source.commit},
         "files of the base": fingerprint(job.subject.checkpoint),
         "options": _options(job),

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from abliterate.calibration.model import LanguageModel
-from abliterate.calibration.prompts import PromptSet, builtin
 from abliterate.direction.refusal_tokens import find_refusal_tokens
 from abliterate.errors import AbliterateError, CalibrationError
 from abliterate.evaluation.metrics import evaluate_model
@@ -33,10 +32,7 @@ class EvaluationReport:
 def evaluation_set(
     tongue: Tongue, prompts: Prompts, refusal_tokens: Sequence[int] | None, max_new_tokens: int, kl_tokens: int
 ) -> EvaluationSet:
-    """The held-out prompts as token ids; without a chat format only harmless ones, as plain text.
-
-    Look-alikes are the built-in ones, as many as there are harmless prompts.
-    """
+    """The held-out prompts as token ids; without a chat format only harmless ones, as plain text."""
     text = "\n\n".join(neutral_paragraphs())
     neutral = encode_plain(tongue.tokenizer, [text])[0]
     if tongue.chat is None:
@@ -48,15 +44,9 @@ def evaluation_set(
         neutral,
         refusal_tokens,
         max_new_tokens,
-        encode(tongue.chat, look_alikes(prompts)),
+        encode(tongue.chat, prompts.look_alike.test),
         kl_tokens,
     )
-
-
-def look_alikes(prompts: Prompts) -> PromptSet:
-    """Held-out harmless prompts that sound harmful."""
-    whole = builtin("look_alike").test
-    return PromptSet.of(whole.instructions[: len(prompts.harmless.test.instructions)], whole.source)
 
 
 def evaluate(

@@ -3,12 +3,20 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
 from abliterate.calibration.chat import ChatFormat, make_chat_format
-from abliterate.calibration.prompts import PromptSet, PromptSplit, builtin, check_contrast, load_prompts, split_prompts
+from abliterate.calibration.prompts import (
+    Kind,
+    PromptSet,
+    PromptSplit,
+    builtin,
+    check_contrast,
+    load_prompts,
+    split_prompts,
+)
 from abliterate.errors import CalibrationError
 from abliterate.recipe import CalibrationRecipe
 
@@ -18,10 +26,11 @@ LEAST_TRAIN, LEAST_HELD_OUT = 16, 4
 
 @dataclass(frozen=True)
 class Prompts:
-    """Both contrasting sets, each split into train, validation and test."""
+    """Both contrasting sets, and look-alikes: harmless in the words of harmful. Each split into its three parts."""
 
     harmful: PromptSplit
     harmless: PromptSplit
+    look_alike: PromptSplit = field(default_factory=lambda: builtin("look_alike"))
 
 
 def load_calibration(recipe: CalibrationRecipe, seed: int) -> Prompts:
@@ -32,18 +41,21 @@ def load_calibration(recipe: CalibrationRecipe, seed: int) -> Prompts:
     """
     harmful = _load("harmful", recipe.harmful, recipe, seed)
     harmless = _load("harmless", recipe.harmless, recipe, seed)
+    look_alike = _load("look_alike", recipe.look_alike, recipe, seed)
     check_contrast(harmful, harmless)
-    return Prompts(harmful, harmless)
+    return Prompts(harmful, harmless, look_alike)
 
 
-def _load(kind: str, source: str, recipe: CalibrationRecipe, seed: int) -> PromptSplit:
+def _load(kind: Kind, source: str, recipe: CalibrationRecipe, seed: int) -> PromptSplit:
     if source != "builtin":
         prompts = load_prompts(source)
         return split_prompts(prompts, *_sizes(len(prompts.instructions), recipe, source), seed)
-    whole = builtin("harmful" if kind == "harmful" else "harmless")
-    sizes = (recipe.train, recipe.validation, recipe.test)
-    parts = [_first(part, n) for part, n in zip((whole.train, whole.validation, whole.test), sizes, strict=True)]
-    return PromptSplit(*parts)
+    whole, sizes = builtin(kind), (recipe.train, recipe.validation, recipe.test)
+    parts = list(zip((whole.train, whole.validation, whole.test), sizes, strict=True))
+    if kind == "look_alike":
+        # there are fewer of these, and no recipe asks for a number of them
+        return PromptSplit(*(_first(part, min(n, len(part.instructions))) for part, n in parts))
+    return PromptSplit(*(_first(part, n) for part, n in parts))
 
 
 def _first(prompts: PromptSet, count: int) -> PromptSet:

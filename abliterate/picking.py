@@ -1,0 +1,88 @@
+"""From the candidate directions of a model to the one that is picked, and to what is removed from its weights."""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from abliterate.calibration.chat import ChatFormat
+from abliterate.calibration.model import LanguageModel
+from abliterate.cutting import candidates_span, pairs_span, per_layer, uniform
+from abliterate.direction.means import Directions
+from abliterate.direction.refusal_tokens import RefusalTokens
+from abliterate.direction.scoring import ScoreSheet, Validation
+from abliterate.direction.screening import Selection, choose_direction
+from abliterate.direction.selection import Choice, Thresholds
+from abliterate.direction.sparing import Sets, choose_sparing
+from abliterate.edit.cut import Cut
+from abliterate.progress import Progress
+from abliterate.prompting import Prompts, encode
+from abliterate.recipe import Recipe, SelectionRecipe
+from abliterate.stages import Stages
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What the selection gave: the direction is that at the end of the stream, which takes the model to tell."""
+
+    selection: Selection
+    unit: Tensor
+    cut: Cut
+
+
+def thresholds_of(recipe: SelectionRecipe) -> Thresholds:
+    """The rule's thresholds as the recipe sets them."""
+    return Thresholds(recipe.max_layer_fraction, recipe.max_kl, recipe.min_induce, recipe.strict)
+
+
+@dataclass(frozen=True)
+class Picking:
+    """What the candidates of a model are measured with."""
+
+    chat: ChatFormat
+    prompts: Prompts
+    tokens: RefusalTokens
+    recipe: Recipe
+    progress: Progress
+    stages: Stages
+
+    def pick(self, model: LanguageModel, directions: Directions) -> Picked:
+        """Measures the candidates, picks one, and says what is removed."""
+        if model.stream.unreached:
+            log.warning("scores leave out %s, whose output no hook reaches", ", ".join(model.stream.unreached[:3]))
+        spares = self.recipe.direction.contrast == "false-refusal"
+        selection = self._sparing(model, directions) if spares else self._refusing(model, directions)
+        pick = selection.choice.pick
+        cut = self._cut(model, directions, selection.choice)
+        return Picked(selection, directions.unit(pick.position, pick.layer), cut)
+
+    def _refusing(self, model: LanguageModel, directions: Directions) -> Selection:
+        rule, sheet = self.recipe.selection, ScoreSheet(model, directions, self._validation("validation"))
+        return choose_direction(sheet, thresholds_of(rule), rule.exhaustive, self.progress, self.stages)
+
+    def _sparing(self, model: LanguageModel, directions: Directions) -> Selection:
+        data = self._validation("validation")
+        look_alike = encode(self.chat, self.prompts.look_alike.validation)
+        sets = Sets(look_alike, data.harmful, data.harmless, data.refusal_tokens)
+        return choose_sparing(model, directions, sets, thresholds_of(self.recipe.selection), self.progress)
+
+    def _validation(self, part: Literal["train", "validation"]) -> Validation:
+        sets = (getattr(split, part) for split in (self.prompts.harmful, self.prompts.harmless))
+        harmful, harmless = (encode(self.chat, prompts) for prompts in sets)
+        return Validation(harmful, harmless, self.tokens.ids)
+
+    def _cut(self, model: LanguageModel, directions: Directions, choice: Choice) -> Cut:
+        """What the recipe removes."""
+        recipe, pick, layers = self.recipe.edit, choice.pick, directions.grid.shape[1]
+        if recipe.directions == "per-layer":
+            return per_layer(directions, pick, recipe)
+        if recipe.directions == "one":
+            return uniform(directions.unit(pick.position, pick.layer), layers, recipe)
+        if recipe.span == "candidates":
+            return uniform(candidates_span(directions, choice.candidates, pick, recipe.count), layers, recipe)
+        train = self._validation("train")
+        prompts = (train.harmful, train.harmless)
+        return uniform(pairs_span(model, directions, pick, prompts, recipe.count, self.progress), layers, recipe)
