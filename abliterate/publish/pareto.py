@@ -17,6 +17,7 @@ from abliterate.publish.charts import COLOURS, INK, MUTED, PAPER, bars, halo, ne
 
 _DECADES_FOR_ZERO = 0.5
 """A KL of 0 has no place on a log scale: it stands this far left of the smallest other one, under a tick of its own."""
+_LOW, _HIGH = 0.1, 0.4
 _OFFSETS = tuple(
     (radius * math.cos(angle), radius * math.sin(angle))
     for radius in (11, 18, 28, 40)
@@ -47,8 +48,7 @@ def pareto_chart(points: Sequence[Point]) -> Figure:
     for kind in _KINDS:
         _points(axes, [point for point in points if _kind(point) == kind.name], kind, scale)
     axes.set_xlabel("KL from the base at the first token, harmless prompts (nats, log scale)", fontsize=11)
-    axes.set_ylabel("harmful prompts refused (%)", fontsize=11)
-    axes.set_ylim(-4, 104)
+    _upright(axes, points)
     legend = figure.legend(
         loc="outside lower center", ncols=4, fontsize=10, frameon=False, labelcolor=INK, title_fontsize=10,
         title="bars: 95 % intervals; down and to the left is better",
@@ -107,6 +107,27 @@ def _scale(axes: Axes, points: Sequence[Point]) -> _Scale:
     if has_zero:
         axes.axvline(math.sqrt(scale.zero * least), color=MUTED, linewidth=1.0, linestyle=(0, (1, 3)))
     return scale
+
+
+def _upright(axes: Axes, points: Sequence[Point]) -> None:
+    """0 to 100 %; with its root as height where points stand both at the foot and high up, so that all can be seen."""
+    rates = [point.refusals[0] for point in points]
+    if rates and min(rates) < _LOW and max(rates) > _HIGH:
+        axes.set_yscale("function", functions=(_root, _square))
+        axes.yaxis.set_major_locator(FixedLocator([0, 1, 5, 10, 20, 40, 60, 80, 100]))
+        axes.set_ylim(-0.25, 106)
+        axes.set_ylabel("harmful prompts refused (%, square-root scale)", fontsize=11)
+        return
+    axes.set_ylim(-4, 104)
+    axes.set_ylabel("harmful prompts refused (%)", fontsize=11)
+
+
+def _root(rate: Any) -> Any:
+    return np.sign(rate) * np.sqrt(np.abs(rate))
+
+
+def _square(height: Any) -> Any:
+    return np.sign(height) * np.square(height)
 
 
 def _front(axes: Axes, points: Sequence[Point], scale: _Scale) -> None:
