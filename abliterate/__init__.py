@@ -1,7 +1,7 @@
 """Project the refusal direction out of a checkpoint, exactly, and prove it.
 
-The command line's verbs are functions here: `convert`, `find_direction`, `plan`, `verify` and `evaluate`. They are
-loaded when first used, so that `import abliterate` costs nothing.
+The command line's verbs are functions here: `convert`, `find_direction`, `plan`, `verify`, `evaluate` and
+`audit_model`. They are loaded when first used, so that `import abliterate` costs nothing.
 """
 
 import importlib
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abliterate.architecture.writer import Plan
+    from abliterate.auditing import AuditReport, audit_model
     from abliterate.certify.certificate import Certificate
     from abliterate.conversion import Conversion, convert
     from abliterate.errors import AbliterateError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AbliterateError",
+    "AuditReport",
     "Certificate",
     "Conversion",
     "EvaluationReport",
@@ -32,6 +34,7 @@ __all__ = [
     "Recipe",
     "RunOptions",
     "Verification",
+    "audit_model",
     "convert",
     "evaluate",
     "find_direction",
@@ -42,6 +45,7 @@ __all__ = [
 
 _HOMES = {
     "AbliterateError": "errors",
+    "AuditReport": "auditing",
     "Certificate": "certify.certificate",
     "Conversion": "conversion",
     "EvaluationReport": "measuring",
@@ -51,6 +55,7 @@ _HOMES = {
     "Recipe": "recipe",
     "RunOptions": "subject",
     "Verification": "verification",
+    "audit_model": "auditing",
     "convert": "conversion",
     "evaluate": "measuring",
     "find_direction": "find",

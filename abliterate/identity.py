@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from abliterate.calibration.chat import ChatFormat
 from abliterate.calibration.load import pick_device, pick_dtype
 from abliterate.calibration.prompts import PromptSplit
 from abliterate.checkpoint.fingerprint import fingerprint
 from abliterate.job import Job
-from abliterate.subject import versions
+from abliterate.prompting import Prompts
+from abliterate.subject import RunOptions, Subject, versions
 
 SHOWN = 3
 """So many differences a message names."""
@@ -27,8 +29,7 @@ def identity_of(job: Job) -> dict[str, Any]:
     source = job.subject.source
     return {
         "recipe": job.recipe.as_dict(),
-        "prompts": {"harmful": _split(job.prompts.harmful), "harmless": _split(job.prompts.harmless)}
-        | {"look-alikes": _split(job.prompts.look_alike)},
+        "prompts": prompts_identity(job.prompts),
         "base": {"name": job.subject.name, "revision": source.revision, "commit": source.commit},
         "files of the base": fingerprint(job.subject.checkpoint),
         "options": _options(job),
@@ -37,22 +38,33 @@ def identity_of(job: Job) -> dict[str, Any]:
     }
 
 
+def prompts_identity(prompts: Prompts) -> dict[str, Any]:
+    """All sets by their hashes."""
+    sets = {"harmful": prompts.harmful, "harmless": prompts.harmless, "look-alike": prompts.look_alike}
+    return {name: _split(split) for name, split in sets.items()}
+
+
 def _split(split: PromptSplit) -> dict[str, str]:
     parts = {"train": split.train, "validation": split.validation, "test": split.test}
     return {"source": split.train.source} | {name: part.sha256 for name, part in parts.items()}
 
 
 def _options(job: Job) -> dict[str, Any]:
+    file = job.direction_file
+    return options_identity(job.options, job.subject, job.tongue.chat) | {
+        "evaluate": job.evaluate,
+        "direction file": hashlib.sha256(file.read_bytes()).hexdigest() if file else None,
+    }
+
+
+def options_identity(options: RunOptions, subject: Subject, chat: ChatFormat | None) -> dict[str, Any]:
     """Every option, whatever options there will be; those that are left to the machine as it chooses."""
-    options, chat = job.options, job.tongue.chat
     device = pick_device(options.device)
     names = {field.name for field in fields(options)} - WITHOUT_EFFECT
     given = {name: getattr(options, name) for name in sorted(names)}
     return given | {
         "device": str(device),
-        "dtype": str(pick_dtype(options.dtype, device, job.subject.stored_dtype)).removeprefix("torch."),
-        "evaluate": job.evaluate,
-        "direction file": hashlib.sha256(job.direction_file.read_bytes()).hexdigest() if job.direction_file else None,
+        "dtype": str(pick_dtype(options.dtype, device, subject.stored_dtype)).removeprefix("torch."),
         "chat template": hashlib.sha256(chat.template.encode()).hexdigest() if chat else None,
     }
 

@@ -14,6 +14,7 @@ import torch
 from greenlet import getcurrent
 from torch import Tensor, nn
 
+from abliterate.calibration.basis import orthonormal
 from abliterate.calibration.transport import Transport
 
 Transform = Callable[[Tensor], Tensor]
@@ -24,14 +25,19 @@ class Steer:
     """What happens to the residual stream of one prompt.
 
     Attributes:
-        ablate: unit direction [hidden] removed from the output of every residual writer (Arditi et al. 2024, eq. 4).
+        ablate: unit direction [hidden] removed from the output of every residual writer (Arditi et al. 2024, eq. 4), or
+            an orthonormal basis [k, hidden] of which all is removed.
         add: vector [hidden] added at the input of layer `layer`, at every position (eq. 3).
         layer: the layer of `add`.
+        strength: the share of what lies along `ablate` that is removed.
+        layers: `ablate` acts on writers inside these layers alone; None: on every writer, embeddings included.
     """
 
     ablate: Tensor | None = None
     add: Tensor | None = None
     layer: int | None = None
+    strength: float = 1.0
+    layers: range | None = None
 
 
 NOTHING = Steer()
@@ -109,21 +115,31 @@ def by_row(hidden: Tensor, rows: int) -> Tensor:
     return hidden.reshape(rows, -1, hidden.shape[-1]) if hidden.dim() == 2 else hidden
 
 
-def ablate(directions: Tensor, positionwise: bool = False) -> Transform:
-    """h - (h . r) r for each row.
+def ablate(directions: Tensor, positionwise: bool = False, strengths: Tensor | None = None) -> Transform:
+    """h - (h . r) r for each row; of a basis h - sum (h . q) q.
 
     Args:
-        directions: [rows, hidden]; a zero row leaves its prompt alone.
+        directions: [rows, hidden], or orthonormal bases [rows, k, hidden], of which those with fewer directions end in
+            rows of zeros; where all is zero the prompt is left alone.
         positionwise: hidden states come as [tokens, hidden], the same for all rows, and leave with a row for each.
+        strengths: [rows], the share that is removed; None removes all.
     """
+    basis = directions if directions.dim() == 3 else directions[:, None]
+
+    def along(hidden: Tensor, direction: Tensor) -> Tensor:
+        r = direction.to(hidden.device, hidden.dtype)[:, None, :]
+        size = (hidden * r).sum(-1, keepdim=True)
+        if strengths is not None:
+            size = size * strengths.to(hidden.device, hidden.dtype)[:, None, None]
+        return size * r
 
     def transform(hidden: Tensor) -> Tensor:
-        r = directions.to(hidden.device, hidden.dtype)[:, None, :]
-        if positionwise:
-            return hidden - (hidden * r).sum(-1, keepdim=True) * r
-        rows = by_row(hidden, len(directions))
-        ablated = rows - (rows * r).sum(-1, keepdim=True) * r
-        return ablated.flatten(0, 1) if hidden.dim() == 2 else ablated
+        rows = hidden if positionwise else by_row(hidden, len(basis))
+        removed = along(rows, basis[:, 0])
+        for j in range(1, basis.shape[1]):
+            removed = removed + along(rows, basis[:, j])
+        ablated = rows - removed
+        return ablated.flatten(0, 1) if hidden.dim() == 2 and not positionwise else ablated
 
     return transform
 
@@ -166,10 +182,22 @@ class Stream:
     sometimes: frozenset[int] = frozenset()
 
     def along(self, directions: Tensor) -> list[Tensor]:
-        """Directions [rows, hidden] at the end of the stream, as each of the writers sees them."""
+        """Directions [rows, hidden] or bases [rows, k, hidden] at the end of the stream, as the writers see them."""
         if self.transport is None:
             return [directions] * len(self.writers)
-        return [self.transport.at_writer(i, directions) for i in range(len(self.writers))]
+        if directions.dim() == 2:
+            return [self.transport.at_writer(i, directions) for i in range(len(self.writers))]
+        flat, rows = directions.flatten(0, 1), directions.shape[:2]
+        seen = (self.transport.at_writer(i, flat) for i in range(len(self.writers)))
+        return [orthonormal(each.reshape(*rows, -1)) for each in seen]
+
+    def layer_of_writers(self) -> list[int | None]:
+        """The number of the layer that each writer is in (the first that has it); None of embeddings."""
+        homes: dict[int, int] = {}
+        for number, layer in enumerate(self.layers):
+            for module in layer.modules():
+                homes.setdefault(id(module), number)
+        return [homes.get(id(writer)) for writer in self.writers]
 
 
 @contextmanager
@@ -178,12 +206,40 @@ def steered(stream: Stream, steers: Sequence[Steer]) -> Iterator[None]:
     zero = torch.zeros(stream.hidden_size)
     with ExitStack() as stack:
         if any(steer.ablate is not None for steer in steers):
-            rows = torch.stack([zero if steer.ablate is None else steer.ablate for steer in steers])
-            for i, seen in enumerate(stream.along(rows)):
-                stack.enter_context(on_output([stream.writers[i]], ablate(seen, i in stream.positionwise)))
-            if stream.head is not None:
-                stack.enter_context(on_input(stream.head, ablate(rows)))
+            _ablated(stream, steers, stack)
         for layer in sorted({steer.layer for steer in steers if steer.layer is not None}):
             rows = torch.stack([s.add if s.layer == layer and s.add is not None else zero for s in steers])
             stack.enter_context(on_input(stream.layers[layer], add(rows)))
         yield
+
+
+def _ablated(stream: Stream, steers: Sequence[Steer], stack: ExitStack) -> None:
+    """Hooks for what the steers ablate."""
+    rows = _padded([steer.ablate for steer in steers], stream.hidden_size)
+    shares = [steer.strength for steer in steers]
+    strengths = None if all(share == 1.0 for share in shares) else torch.tensor(shares)
+    windows = [steer.layers for steer in steers]
+    homes = stream.layer_of_writers() if any(window is not None for window in windows) else None
+    for i, seen in enumerate(stream.along(rows)):
+        acting = seen if homes is None else _within(seen, windows, homes[i])
+        stack.enter_context(on_output([stream.writers[i]], ablate(acting, i in stream.positionwise, strengths)))
+    if stream.head is not None:
+        acting = rows if homes is None else _within(rows, windows, None)
+        stack.enter_context(on_input(stream.head, ablate(acting, strengths=strengths)))
+
+
+def _padded(directions: Sequence[Tensor | None], hidden: int) -> Tensor:
+    """[rows, hidden] of single directions; [rows, k, hidden] where one is a basis. Zeros where there is none."""
+    most = max((len(each) for each in directions if each is not None and each.dim() == 2), default=1)
+    padded = torch.zeros(len(directions), most, hidden)
+    for row, each in zip(padded, directions, strict=True):
+        if each is not None:
+            vectors = each if each.dim() == 2 else each[None]
+            row[: len(vectors)] = vectors
+    return padded if most > 1 else padded[:, 0]
+
+
+def _within(directions: Tensor, windows: Sequence[range | None], layer: int | None) -> Tensor:
+    """Zeros for the rows whose window this layer is not in."""
+    acts = torch.tensor([window is None or layer in window for window in windows])
+    return directions * acts.reshape(-1, *[1] * (directions.dim() - 1))

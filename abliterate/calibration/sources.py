@@ -19,6 +19,11 @@ def read_prompts(spec: str) -> list[str]:
     Raises:
         CalibrationError: not found, not readable, empty, or the column is not clear.
     """
+    return read_rows(spec)[1]
+
+
+def read_rows(spec: str) -> tuple[Sequence[Any], list[str]]:
+    """The rows as they are stored, and the prompt of each; see `read_prompts`."""
     if spec.startswith("hf:"):
         rows, column = _dataset(spec)
     else:
@@ -27,7 +32,7 @@ def read_prompts(spec: str) -> list[str]:
     texts = _texts(rows, column, spec)
     if not texts:
         raise CalibrationError(f"{spec} holds no prompts")
-    return texts
+    return rows, texts
 
 
 def _file_and_column(spec: str) -> tuple[Path, str | None]:

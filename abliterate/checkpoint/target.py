@@ -8,6 +8,8 @@ from abliterate.checkpoint.files import CONFIG
 from abliterate.errors import OutputError
 
 MANIFEST = "abliteration.json"
+REPORTS = ("audit.json", "comparison.json")
+"""Of folders that hold a report instead of a checkpoint."""
 FAILED = ".failed"
 
 
@@ -70,22 +72,22 @@ def _check_free(out: Path, place: Path, overwrite: bool) -> None:
 
 
 def check_contents(shown: Path, place: Path, overwrite: bool) -> None:
-    """Only a checkpoint is ever removed: `--overwrite` on a mistyped name must not cost a home folder.
+    """Only a checkpoint or a report is ever removed: `--overwrite` on a mistyped name must not cost a home folder.
 
     Args:
         shown: what the message calls it.
         place: the folder that would be replaced.
 
     Raises:
-        OutputError: it is not empty, and may not be replaced or is no checkpoint.
+        OutputError: it is not empty, and may not be replaced or is neither.
     """
     if not place.exists() or not any(place.iterdir()):
         return
     if not overwrite:
         raise OutputError(f"{shown} is not empty; choose another OUT, or replace it with --overwrite")
-    if not any((place / name).is_file() for name in (CONFIG, MANIFEST)):
+    if not any((place / name).is_file() for name in (CONFIG, MANIFEST, *REPORTS)):
         raise OutputError(
-            f"{place} holds no checkpoint, so it is not replaced; remove it yourself or choose another OUT"
+            f"{place} holds no checkpoint and no report, so it is not replaced; remove it, or choose another OUT"
         )
 
 

@@ -91,8 +91,8 @@ def test_a_failed_one_stands_beside(tmp_path: Path, before: dict[str, bytes]) ->
     [
         (OLD, False, "is not empty; choose another OUT, or replace it with --overwrite"),
         ({"thesis.txt": b"mine"}, False, "is not empty"),
-        ({"thesis.txt": b"mine"}, True, "holds no checkpoint, so it is not replaced"),
-        ({"sub/config.json": b"{}"}, True, "holds no checkpoint, so it is not replaced"),
+        ({"thesis.txt": b"mine"}, True, "holds no checkpoint and no report, so it is not replaced"),
+        ({"sub/config.json": b"{}"}, True, "holds no checkpoint and no report, so it is not replaced"),
     ],
 )
 def test_what_is_never_replaced(tmp_path: Path, files: dict[str, bytes], overwrite: bool, message: str) -> None:
