@@ -138,15 +138,19 @@ def prepare(
     return Job(subject, chosen, options, tongue, prompts, evaluate and tongue.tokenizer is not None, file, command)
 
 
-def study_base(job: Job, stages: Stages) -> BaseFindings:
-    """Everything that needs the unedited weights in memory: the direction, and the evaluation before."""
+def study_base(job: Job, stages: Stages, base: Once[LanguageModel] | None = None) -> BaseFindings:
+    """Everything that needs the unedited weights in memory: the direction, and the evaluation before.
+
+    Args:
+        base: the model where others need it too; None loads it.
+    """
     text = stream_text(job.subject, job.tongue, job.options.trust_remote_code)
     given, progress = job.direction_file, job.options.progress
     if given is not None and not job.evaluate:
         cut = _cut_of(job, given)
         return BaseFindings(cut, direction_bytes(cut.main[0], cut=cut), text)
     tied = job.subject.plan.shares_edit and not unties(job)
-    base = Once(lambda: load_model(job.subject, job.options, tied_head=tied, tokenizer=job.tongue.tokenizer))
+    base = base or Once(lambda: load_model(job.subject, job.options, tied_head=tied, tokenizer=job.tongue.tokenizer))
     found, calibration = None, None
     if given is not None:
         cut = _cut_of(job, given)
@@ -193,14 +197,15 @@ def _evaluation_data(
     return evaluation_set(job.tongue, job.prompts, ids, longest, job.recipe.evaluation.kl_tokens)
 
 
-def write_edited(job: Job, findings: BaseFindings, folder: Path, journal: Journal) -> Written:
+def write_edited(job: Job, findings: BaseFindings, folder: Path, journal: Journal | None = None) -> Written:
     """Shard in, shard out: writers edited, everything else carried over byte for byte; finished shards stay."""
     plan, checkpoint = job.subject.plan, job.subject.checkpoint
     untie = unties(job)
     edits = build_edits(checkpoint, plan, findings.cut, untie)
     copies = [TensorCopy(source, target) for source, target in plan.untying or ()] if untie else []
     options = job.options
-    keep_only(folder, journal.shards)
+    if journal is not None:
+        keep_only(folder, journal.shards)
     shards = rewrite_checkpoint(
         checkpoint,
         folder,
@@ -208,10 +213,11 @@ def write_edited(job: Job, findings: BaseFindings, folder: Path, journal: Journa
         copies,
         options.progress,
         options.hash_files,
-        done=journal.finish_shard,
-        skip=journal.shards,
+        done=journal.finish_shard if journal else None,
+        skip=journal.shards if journal else None,
     )
-    journal.follow(shards)
+    if journal is not None:
+        journal.follow(shards)
     files = carry_over(checkpoint, folder)
     changes = dict.fromkeys(plan.tied_flags, False) if untie else {}
     if changes:

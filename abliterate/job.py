@@ -80,6 +80,7 @@ def command_of(subject: Subject, recipe: Recipe, direction: Path | None, options
         ("--direction", DIRECTION_FILE if direction else None),
         ("--harmful", None if recipe.calibration.harmful == "builtin" else recipe.calibration.harmful),
         ("--harmless", None if recipe.calibration.harmless == "builtin" else recipe.calibration.harmless),
+        ("--look-alike", None if recipe.calibration.look_alike == "builtin" else recipe.calibration.look_alike),
         ("--template", options.template),
         ("--system-prompt", options.system_prompt),
         ("--dtype", None if options.dtype == "auto" else options.dtype),

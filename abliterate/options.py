@@ -44,6 +44,7 @@ prompt_options = _options(
         help="FILE[:column] (.txt .json .jsonl .csv .parquet) or hf:dataset[:config[:split[:column]]].",
     ),
     click.option("--harmless", metavar="SRC", help="Harmless prompts, likewise."),
+    click.option("--look-alike", metavar="SRC", help="Harmless prompts in the words of harmful ones, likewise."),
     click.option("--system-prompt", metavar="TEXT", help="System prompt before every instruction."),
     click.option(
         "--template", metavar="NAME|FILE", help="For a model without chat template: a built-in name, or a Jinja file."

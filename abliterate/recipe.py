@@ -169,7 +169,7 @@ def recipe_word(recipe: Recipe) -> str:
     if shipped is None:
         return f"{recipe.name}.yaml"
     # the command line has options of its own for these
-    sources = {"harmful": recipe.calibration.harmful, "harmless": recipe.calibration.harmless}
+    sources = {name: getattr(recipe.calibration, name) for name in ("harmful", "harmless", "look_alike")}
     alike = shipped.replacing("calibration", **sources).replacing("selection", exhaustive=recipe.selection.exhaustive)
     return recipe.name if alike == recipe else f"{recipe.name}.yaml"
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 Certified = Literal["exact", "holds", "not exact", "failed"]
-Aim = Literal["refusal", "over-refusal"]
+Aim = Literal["refusal", "over-refusal", "induce"]
 MOST_REFUSALS = 0.05
 """Of a recipe that has done its work: among these the one that costs least is best."""
 
