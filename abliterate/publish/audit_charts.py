@@ -30,7 +30,7 @@ def audit_charts(record: Record) -> dict[str, Chart]:
         "windows": Chart(
             _windows(record),
             "Each line: all windows of so many neighbouring layers that were tried, on "
-            f"{record['windows']['base']['prompts']} harmful prompts, refused ones first. The picked direction is removed "
+            f"{record['windows']['base']['prompts']} harmful prompts, refused ones first. The direction is removed "
             "from what these layers write, and nowhere else.",
         ),
         "map": Chart(

@@ -129,7 +129,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         ("Means over", f"{harmful['kept']} of {harmful['train']} harmful and {harmless['kept']} of "
          f"{harmless['train']} harmless prompts"),
         ("Rates, KL on", f"{harmful['validation']} harmful and {harmless['validation']} harmless validation prompts"),
-        ("Map, windows on", f"{harmful['grid']} harmful ones, refused ones first, and {harmless['grid']} harmless ones"),
+        ("Map, windows on", f"{harmful['grid']} harmful, refused ones first, and {harmless['grid']} harmless ones"),
         ("Prompts from", f"{harmful['source']}, {harmless['source']}"),
         ("Refusals start with", ", ".join(map(visible, record["refusal_tokens"]))),
         ("Computed in", record["dtype"]),

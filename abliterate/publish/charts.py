@@ -83,7 +83,7 @@ def svg(figure: Figure) -> str:
     """The chart as an `<svg>` element, its ground transparent, its texts as paths."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "abliterate", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL).strip()
 
@@ -154,6 +154,7 @@ def bars(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -
 
 def style(axes: Axes) -> None:
     """Light grid, no frame, ink for texts."""
+    axes.set_facecolor("none")
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=10, colors=INK)

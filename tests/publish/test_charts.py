@@ -99,6 +99,12 @@ def test_maps_show_what_is_known() -> None:
     assert frame.min(0).tolist() == [1.5, -0.5] and frame.max(0).tolist() == [2.5, 0.5]
 
 
+def test_unknown_cells_are_grey_on_the_page_and_the_ground_is_its_own() -> None:
+    text = svg(heat_maps([Heat([[1.0, None]], "score (nats)")], ["−1"], "layer", "position"))
+    assert "#bfbfbe" in text and "#fffffe" not in text
+    assert "#ffffff" not in svg(MAKERS["directions"]())
+
+
 def test_a_map_of_nothing_is_drawn_all_the_same() -> None:
     assert png(heat_maps([Heat([[None]], "x (nats)", signed=True), Heat([[None]], "y (nats)")], ["-1"], "layer", "p"))
 
