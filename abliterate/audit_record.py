@@ -21,6 +21,10 @@ HOOKS = (
     "Measured with hooks on the loaded model, without changing a weight, and by refusal score at the first token of "
     "the answer, not by reading completions: the figures of a converted checkpoint are those of its own card."
 )
+MEANING = (
+    "Whoever has the weights can make these edits. Where little of the model carries refusal, refusal does not protect "
+    "against that."
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def audit_bytes(record: Mapping[str, Any]) -> bytes:
 
 
 def _notes(audit: Audit, setting: Setting) -> list[str]:
-    notes = [HOOKS]
+    notes = [HOOKS, MEANING]
     if setting.subject.plan.inexact:
         notes.append(f"On this architecture no direction is exact: {setting.subject.plan.inexact}.")
     if not setting.categorised:
@@ -154,7 +158,7 @@ def _strengths(audit: Audit) -> dict[str, Any]:
 def _windows(audit: Audit) -> dict[str, Any]:
     windows = audit.windows
     return {
-        "prompts": windows.prompts,
+        "base": _effect(windows.base),
         "tried": [_window(window) for window in windows.tried],
         "halving": _window(windows.smallest) if windows.smallest else None,
     }

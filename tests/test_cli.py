@@ -31,6 +31,7 @@ OPTIONS = {
     "plan": {"--revision", "--json", "-v", "-q"},
     "verify": COMMON | {"--direction", "--template"},
     "evaluate": COMMON | PROMPTS | {"--baseline"},
+    "audit": COMMON | PROMPTS | {"-o", "--exhaustive", "--prompts", "--directions", "--overwrite", "--memory"},
     "recipes": {"--json"},
 }
 

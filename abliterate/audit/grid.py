@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from abliterate.direction.means import Directions
+from abliterate.direction.score import refusal_score
 from abliterate.direction.scoring import Key, Scores, ScoreSheet
 from abliterate.progress import Progress
 from abliterate.stages import NO_STAGES, Stages
@@ -21,7 +22,7 @@ class Grid:
         prompts: of each set.
         bypass: mean refusal score on harmful prompts with the direction ablated. induce: on harmless prompts with it
             added at its layer. kl: nats on harmless prompts with it ablated.
-        base_harmful, base_harmless: mean refusal scores of the untouched model on the same prompts' whole sets.
+        base_harmful, base_harmless: mean refusal scores of the untouched model on the same prompts.
     """
 
     prompts: int
@@ -71,7 +72,12 @@ def measure_grid(sheet: ScoreSheet, prompts: int, progress: Progress, stages: St
 
 def _grid(sheet: ScoreSheet, prompts: int) -> Grid:
     positions, layers = sheet.directions.grid.shape[:2]
-    empty = Grid(min(prompts, len(sheet.data.harmful)), (), (), (), *sheet.baseline_scores())
+    measured = sheet.scores().base
+    assert measured is not None
+    harmful = measured[1][:prompts]
+    harmless = refusal_score(measured[0][:prompts], sheet.data.refusal_tokens)
+    base = sum(harmful) / len(harmful), float(harmless.mean())
+    empty = Grid(len(harmful), (), (), (), *base)
 
     def rows(name: str) -> tuple[Row, ...]:
         found = [[getattr(sheet.candidate((p, layer)), name) for layer in range(layers)] for p in range(-positions, 0)]

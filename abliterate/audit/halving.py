@@ -14,8 +14,8 @@ from abliterate.progress import Progress
 _COARSE = tuple(step / 8 for step in range(1, 9))
 _FINE = 4
 """Parts that the step in which the rate falls to a half is divided into."""
-_CONFIRMED = 4
-"""Windows that are measured on every prompt: the smallest first."""
+_CONFIRMED = 10
+"""Windows that are measured on every prompt."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,14 @@ class Window:
 
 @dataclass(frozen=True)
 class Windows:
-    """What was tried, on `prompts` harmful ones, and the smallest that halves refusal on all of them, if any does."""
+    """Windows of neighbouring layers.
 
-    prompts: int
+    Attributes:
+        base: the untouched model on the few harmful prompts that `tried` were measured on.
+        smallest: of those that were measured on every prompt, the smallest that halves refusal; None if none does.
+    """
+
+    base: Effect
     tried: tuple[Window, ...]
     smallest: Window | None
 
@@ -90,27 +95,43 @@ def search_windows(
     data: Validation,
     baseline: Tensor,
     base: Effect,
-    prompts: int,
+    few_base: Effect,
     progress: Progress,
 ) -> Windows:
     """Looks for the fewest neighbouring layers in which ablation halves refusal.
 
-    Widths 1, 2, 4, ... are laid over the layers, half overlapping, on the first `prompts` harmful prompts; then smaller
-    windows inside the best one of the first width at which one works; the smallest are confirmed on every prompt.
+    Widths 1, 2, 4, ... are laid over the layers, half overlapping, on a few harmful prompts; then smaller ones inside
+    the smallest that works, for as long as one of these does. Some of each width are measured on every prompt.
+
+    Args:
+        base: the untouched model on every prompt. `few_base`: on the first of them, as many as it counts.
     """
-    few = Validation(data.harmful[:prompts], [], data.refusal_tokens)
-    layers = len(model.stream.layers)
-    tried = _windows(model, unit, _laid(layers), few, None, progress)
-    limit = base.refusals.share / 2
-    width = min((w.width for w in tried if w.effect.refusals.share <= limit), default=None)
-    if width is None:
-        return Windows(len(few.harmful), tuple(tried), None)
-    best = min((w for w in tried if w.width == width), key=lambda w: (w.effect.refusals.share, w.effect.score))
-    tried += _windows(model, unit, _inside(best, tried), few, None, progress)
-    works = [w for w in tried if w.effect.refusals.share <= limit]
-    chosen = sorted(works, key=lambda w: (w.width, w.effect.refusals.share, w.effect.score))[:_CONFIRMED]
-    sure = _windows(model, unit, [range(w.first, w.last + 1) for w in (*chosen, best)], data, baseline, progress)
-    return Windows(len(few.harmful), tuple(tried), next((w for w in sure if halves(w.effect, base)), None))
+    few = Validation(data.harmful[: few_base.refusals.count], [], data.refusal_tokens)
+    limit = few_base.refusals.share / 2
+    tried = _windows(model, unit, _laid(len(model.stream.layers)), few, None, progress)
+    best, smaller = None, _smallest(tried, limit)
+    while smaller and (best is None or smaller[0].width < best.width):
+        best = smaller[0]
+        tried += _windows(model, unit, _inside(best, tried), few, None, progress)
+        smaller = _smallest(tried, limit)
+    spans = [range(window.first, window.last + 1) for window in _to_confirm(smaller)]
+    sure = _windows(model, unit, spans, data, baseline, progress)
+    return Windows(few_base, tuple(tried), next((w for w in sure if halves(w.effect, base)), None))
+
+
+def _smallest(tried: Sequence[Window], limit: float) -> list[Window]:
+    """Those that leave at most so many refusals: the smallest first, of several those with the fewest."""
+    works = [window for window in tried if window.effect.refusals.share <= limit]
+    return sorted(works, key=lambda w: (w.width, w.effect.refusals.share, w.effect.score))
+
+
+def _to_confirm(works: Sequence[Window]) -> list[Window]:
+    """Two of each width, the smallest first, and the widest of all."""
+    by_width: dict[int, list[Window]] = {}
+    for window in works:
+        by_width.setdefault(window.width, []).append(window)
+    several = [window for windows in by_width.values() for window in windows[:2]]
+    return list(dict.fromkeys([*several[:_CONFIRMED], *several[-1:]]))
 
 
 def _laid(layers: int) -> list[range]:

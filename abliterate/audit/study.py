@@ -1,7 +1,7 @@
 """The whole audit of a loaded model, readable top to bottom: what is measured, and in which order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,7 +25,8 @@ class AuditSize:
     """How much is measured.
 
     Attributes:
-        prompts: of each validation set, for the map of the grid and the search for windows.
+        prompts: of each validation set, for the map of the grid and the search for windows; of the harmful ones, those
+            that the model refuses come first.
         directions: K, the most directions that are removed together.
     """
 
@@ -83,41 +84,55 @@ def study(model: LanguageModel, material: Material, size: AuditSize, progress: P
     Raises:
         CalibrationError: the model refuses no validation prompt.
     """
-    pick, unit, data, directions = material.pick, material.unit, material.data, material.directions
-    sheet = ScoreSheet(model, directions, data)
-    base = _untouched(sheet, progress, stages)
+    pick, unit, directions = material.pick, material.unit, material.directions
+    sheet = _untouched(ScoreSheet(model, directions, material.data), progress, stages)
+    data, baseline, scores = sheet.data, sheet.baseline(), _harmful_scores(sheet)
+    base, few = _as_effect(scores), _as_effect(scores[: size.prompts])
+    if not base.refusals.share:
+        raise CalibrationError(
+            f"by refusal score the model refuses none of {len(scores)} harmful validation prompts, so there is nothing "
+            "to audit; use a chat model that refuses, or other --harmful prompts"
+        )
     grid = measure_grid(sheet, size.prompts, progress, stages)
-    baseline = sheet.baseline()
     span = stages.stage("span", Span, lambda: _span(sheet, material, grid, size.directions, progress))
     doses = stages.stage(
         "strengths", tuple[Dose, ...], lambda: sweep_strengths(model, unit, data, baseline, base, progress)
     )
-    windows = stages.stage(
-        "windows", Windows, lambda: search_windows(model, unit, data, baseline, base, size.prompts, progress)
-    )
+    windows = stages.stage("windows", Windows, lambda: search_windows(model, unit, data, baseline, base, few, progress))
     alike = stages.stage("categories", Categories | None, lambda: _categories(model, material, progress))
     layers = across_layers(directions, pick[0])
     return Audit(pick, base, len(data.harmless), grid, span, doses, windows, layers, alike)
 
 
-def _untouched(sheet: ScoreSheet, progress: Progress, stages: Stages) -> Effect:
-    """The model as it is; everything else is held against it, so it comes first."""
+def _untouched(sheet: ScoreSheet, progress: Progress, stages: Stages) -> ScoreSheet:
+    """A sheet with the baseline measured, and with the refused prompts first among the harmful ones.
+
+    What is measured on a few prompts alone would say little on those that the model answers anyway.
+    """
 
     def measured() -> Scores:
         sheet.baseline(progress)
         return sheet.scores()
 
-    sheet.restore(stages.stage("audit baseline", Scores, measured))
-    known = sheet.scores().base
-    assert known is not None
-    scores = known[1]
-    refused = sum(score > 0 for score in scores)
-    if not refused:
-        raise CalibrationError(
-            f"by refusal score the model refuses none of {len(scores)} harmful validation prompts, so there is nothing "
-            "to audit; use a chat model that refuses, or other --harmful prompts"
-        )
-    return Effect(rate_of(refused, len(scores)), sum(scores) / len(scores), 0.0)
+    found = stages.stage("audit baseline", Scores, measured)
+    assert found.base is not None
+    logits, scores = found.base
+    order = sorted(range(len(scores)), key=lambda i: scores[i] <= 0)
+    data = replace(sheet.data, harmful=[sheet.data.harmful[i] for i in order])
+    ordered = ScoreSheet(sheet.model, sheet.directions, data)
+    ordered.restore(replace(found, base=(logits, [scores[i] for i in order])))
+    return ordered
+
+
+def _harmful_scores(sheet: ScoreSheet) -> list[float]:
+    """Of the untouched model, one a prompt."""
+    measured = sheet.scores().base
+    assert measured is not None
+    return measured[1]
+
+
+def _as_effect(scores: Sequence[float]) -> Effect:
+    return Effect(rate_of(sum(score > 0 for score in scores), len(scores)), sum(scores) / len(scores), 0.0)
 
 
 def _span(sheet: ScoreSheet, material: Material, grid: Grid, most: int, progress: Progress) -> Span:

@@ -29,8 +29,9 @@ def audit_charts(record: Record) -> dict[str, Chart]:
         ),
         "windows": Chart(
             _windows(record),
-            f"Each line: all windows of so many neighbouring layers that were tried, on {record['windows']['prompts']} "
-            "harmful prompts. The picked direction is removed from what these layers write, and nowhere else.",
+            "Each line: all windows of so many neighbouring layers that were tried, on "
+            f"{record['windows']['base']['prompts']} harmful prompts, refused ones first. The direction is removed "
+            "from what these layers write, and nowhere else.",
         ),
         "map": Chart(
             _map(record), "Every candidate direction, removed (top and bottom) or added at its layer (middle). The "
@@ -62,7 +63,7 @@ def _effect_panels(x: Sequence[float], effects: Sequence[Record], mark: tuple[fl
 
     return [
         Panel("harmful prompts\nrefused (%)", one("refusal_rate", "low", "high"), percent=True, mark=mark),
-        Panel("mean refusal\nscore (nats)", one("score"), [Rule(0.0, "as likely as not")]),
+        Panel("mean refusal\nscore (nats)", one("score"), [Rule(0.0, "as likely\nas not")]),
         Panel(_KL, one("kl")),
     ]
 
@@ -91,7 +92,7 @@ def _windows(record: Record) -> Figure:
         found.sort(key=lambda window: window["first"])
         middles = [(window["first"] + window["last"]) / 2 for window in found]
         series.append(Series(f"{width}", middles, [window["score"] for window in found]))
-    rules = [Rule(record["base"]["score"], "untouched model"), Rule(0.0, "as likely as not")]
+    rules = [Rule(record["windows"]["base"]["score"], "untouched\nmodel"), Rule(0.0, "as likely\nas not")]
     panel = Panel("mean refusal score (nats)", series, rules)
     return line_chart([panel], "middle of the window (layer)", "width of the window, layers")
 
@@ -101,7 +102,7 @@ def _map(record: Record) -> Figure:
     heats = [
         Heat(grid["bypass"], f"bypass: {_BYPASS}".replace("\n", " "), signed=True),
         Heat(grid["induce"], f"induce: {_INDUCE}".replace("\n", " "), signed=True),
-        Heat(grid["kl"], _KL.replace("\n", " ") + ", direction ablated"),
+        Heat(grid["kl"], "KL from the base, harmless, direction ablated (nats, log scale)", log=True),
     ]
     rows = [_named(record, position) for position in grid["positions"]]
     mark = (len(rows) + pick["position"], pick["layer"])
@@ -119,9 +120,9 @@ def _by_layer(record: Record) -> Figure:
     base, pick = grid["baseline"], record["pick"]
     mark = (pick["layer"], "picked")
     panels = [
-        Panel(_BYPASS, series("bypass"), [Rule(base["harmful"], "untouched model")], mark=mark),
-        Panel(_INDUCE, series("induce"), [Rule(base["harmless"], "untouched model")], mark=mark),
-        Panel(_KL, series("kl"), mark=mark),
+        Panel(_BYPASS, series("bypass"), [Rule(base["harmful"], "untouched\nmodel")], mark=mark),
+        Panel(_INDUCE, series("induce"), [Rule(base["harmless"], "untouched\nmodel")], mark=mark),
+        Panel(f"{_KL[:-1]}, log)", series("kl"), mark=mark, log=True),
     ]
     return line_chart(panels, "layer", "position")
 

@@ -23,14 +23,15 @@ def _headline(audit: Audit) -> str:
     change = f"removing it takes refusals from {percent(before.share)} to {_cost(one)}"
     left = one.refusals.share / before.share
     if left <= NEARLY_ALL:
-        return f"One direction carries nearly all of it: {change}."
+        return f"Refusal is concentrated: one direction carries nearly all of it; {change}."
     if left <= MOST:
-        return f"One direction carries most of it: {change}."
+        return f"Refusal is concentrated: one direction carries most of it; {change}."
     halved = next((k for k, e in enumerate(audit.span.effects, 1) if e.refusals.share <= MOST * before.share), None)
     if halved is not None:
         several = audit.span.effects[halved - 1]
         return (
-            f"No single direction carries it: {change}; it takes {halved} directions to halve them ({_cost(several)})."
+            f"No single direction carries refusal: {change}; it takes {halved} directions to halve them "
+            f"({_cost(several)})."
         )
     return (
         f"Refusal is not concentrated in a few directions: {change}, and removing {len(audit.span.effects)} leaves "
@@ -62,7 +63,7 @@ def _half(audit: Audit) -> str:
 def _window(audit: Audit) -> str:
     window, layers = audit.windows.smallest, len(audit.layers)
     if window is None or window.width == layers:
-        return f"No part of the {layers} layers is enough to halve them: it takes the edit of all, embeddings included."
+        return f"Removing it in some of the {layers} layers alone was not enough to halve them, wherever it was tried."
     where = f"layer {window.first}" if window.width == 1 else f"layers {window.first} to {window.last}"
     return f"So is removing all of it in {where} alone, of {layers} layers: {_cost(window.effect)}."
 
@@ -72,7 +73,7 @@ def _places(audit: Audit) -> str:
     flipped = sum(score < 0 for score in scores)
     return (
         f"At {flipped} of {len(scores)} (position, layer) places the direction found there, removed by itself, brings "
-        "the mean refusal score below 0."
+        "the mean refusal score of harmful prompts below 0."
     )
 
 

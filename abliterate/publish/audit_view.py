@@ -9,7 +9,7 @@ from rich.text import Text
 from abliterate.publish.audit_charts import audit_charts
 from abliterate.publish.charts import png
 from abliterate.publish.figures import percent, significant, visible
-from abliterate.publish.html import Chart, Grid, Page, Section, render_page
+from abliterate.publish.html import Grid, Page, Section, render_page
 from abliterate.publish.plan_view import simple_table
 
 PAGE_NAME = "audit.html"
@@ -24,22 +24,19 @@ def audit_plots(record: Record) -> dict[str, bytes]:
 def audit_page(record: Record) -> str:
     """The page."""
     charts, model = audit_charts(record), record["model"]
+    same = [charts[name] for name in ("similarity", "categories") if name in charts]
     sections = [
         Section("How many directions", charts=[charts["directions"]], tables=[_steps(record)], folded=True),
         Section("How much of one", charts=[charts["strength"]], tables=[_doses(record)], folded=True),
         Section("In which layers", charts=[charts["windows"]], tables=[_tried(record)], folded=True),
         Section("Where it can be read", charts=[charts["map"], charts["layers"]]),
-        Section("Is it the same direction everywhere", charts=[charts["similarity"], *_of_categories(charts)]),
+        Section("Is it the same direction everywhere", charts=same, tables=_by_category(record)),
         Section("What was measured", record["notes"], _facts(record)),
     ]
     title = f"How concentrated is refusal in {model['id']}?"
     subtitle = f"{model['type']}, {model['layers']} layers, hidden size {model['hidden_size']}"
     versions = ", ".join(f"{name} {version}" for name, version in record["tool"].items())
     return render_page(Page(title, subtitle, record["verdict"], sections, [record["reproduce"], versions]))
-
-
-def _of_categories(charts: Mapping[str, Chart]) -> list[Chart]:
-    return [charts["categories"]] if "categories" in charts else []
 
 
 def print_audit(record: Record, folder: str) -> None:
@@ -108,8 +105,20 @@ def _tried(record: Record) -> Grid:
     windows = record["windows"]
     best = sorted(windows["tried"], key=lambda w: (w["refusal_rate"], w["last"] - w["first"], w["score"]))[:20]
     rows = [[_layers(window).removesuffix(" alone"), *_cells(window)[:3]] for window in best]
-    caption = f"The {len(best)} best of {len(windows['tried'])} windows, on {windows['prompts']} harmful prompts."
+    caption = (
+        f"The {len(best)} best of {len(windows['tried'])} windows, on {windows['base']['prompts']} harmful prompts."
+    )
     return Grid(("removed in", *_HEADER[:3]), rows, caption, right=3)
+
+
+def _by_category(record: Record) -> list[Grid]:
+    found = record["categories"]
+    if found is None:
+        return []
+    rows = zip(found["names"], found["prompts"], found["cosine_to_pick"], strict=True)
+    cells = [[name, str(count), f"{cosine:.2f}".replace("-", "−")] for name, count, cosine in rows]
+    caption = "Each category's own direction and the picked one."
+    return [Grid(("category", "refused train prompts", "cosine with the picked direction"), cells, caption, right=2)]
 
 
 def _facts(record: Record) -> list[tuple[str, str]]:
@@ -120,7 +129,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         ("Means over", f"{harmful['kept']} of {harmful['train']} harmful and {harmless['kept']} of "
          f"{harmless['train']} harmless prompts"),
         ("Rates, KL on", f"{harmful['validation']} harmful and {harmless['validation']} harmless validation prompts"),
-        ("Map, windows on", f"the first {harmful['grid']} of them"),
+        ("Map, windows on", f"{harmful['grid']} harmful, refused ones first, and {harmless['grid']} harmless ones"),
         ("Prompts from", f"{harmful['source']}, {harmless['source']}"),
         ("Refusals start with", ", ".join(map(visible, record["refusal_tokens"]))),
         ("Computed in", record["dtype"]),

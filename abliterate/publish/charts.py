@@ -16,14 +16,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#666666")
 """Okabe and Ito's, told apart by people with any common colour vision; their yellow is left out on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 INK, PAPER, GRID, MUTED = "#222221", "#fffffe", "#dddddc", "#6b6b6a"
 """Used for nothing else, so that `html` can put the page's own colours in their place."""
 _WIDTH = 9.0
+LEAST_KL = 1e-4
+"""On log scales; less is no difference."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Panel:
         ylabel: what is measured, with its unit.
         percent: values are shares in 0..1, shown from 0 to 100 %.
         mark: an x to point out, with its name.
+        log: the vertical axis is logarithmic; values below 1e-4 are drawn there.
     """
 
     ylabel: str
@@ -65,6 +68,7 @@ class Panel:
     rules: Sequence[Rule] = ()
     percent: bool = False
     mark: tuple[float, str] | None = None
+    log: bool = False
 
 
 def png(figure: Figure) -> bytes:
@@ -79,7 +83,7 @@ def svg(figure: Figure) -> str:
     """The chart as an `<svg>` element, its ground transparent, its texts as paths."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "abliterate", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL).strip()
 
@@ -114,21 +118,27 @@ def line_chart(panels: Sequence[Panel], xlabel: str, legend: str = "", whole: bo
 def _lines(axes: Axes, panel: Panel) -> None:
     style(axes)
     for order, series in enumerate(panel.series):
-        _line(axes, series, order, panel.percent)
+        _line(axes, series, order, panel)
     for rule in panel.rules:
-        _rule(axes, rule.y * (100 if panel.percent else 1), rule.name)
+        highest = rule.y >= max(other.y for other in panel.rules)
+        _rule(axes, rule, "bottom" if highest and len(panel.rules) > 1 else "top" if len(panel.rules) > 1 else "center")
     if panel.mark is not None:
         axes.axvline(panel.mark[0], color=MUTED, linewidth=1.0, linestyle="--", zorder=1)
         _note(axes, panel.mark[1], (panel.mark[0], 1.0), ("data", "axes fraction"), (4, -4), va="top")
     axes.set_ylabel(panel.ylabel, fontsize=10.5)
+    if panel.log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,), numticks=8))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if panel.percent:
         axes.set_ylim(-4, 104)
     axes.margins(x=0.03, y=0.12)
 
 
-def _line(axes: Axes, series: Series, order: int, percent: bool) -> None:
-    factor = 100 if percent else 1
-    heights = [math.nan if y is None else y * factor for y in series.y]
+def _line(axes: Axes, series: Series, order: int, panel: Panel) -> None:
+    factor, least = 100 if panel.percent else 1, LEAST_KL if panel.log else -math.inf
+    heights = [math.nan if y is None else max(y * factor, least) for y in series.y]
     colour, marker = COLOURS[order % len(COLOURS)], MARKERS[order % len(MARKERS)]
     edge: dict[str, Any] = {"markeredgecolor": PAPER, "markeredgewidth": 0.6, "zorder": 3 + order / 100}
     axes.plot(series.x, heights, color=colour, marker=marker, markersize=5.5, linewidth=1.5, label=series.name, **edge)
@@ -144,6 +154,7 @@ def bars(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -
 
 def style(axes: Axes) -> None:
     """Light grid, no frame, ink for texts."""
+    axes.set_facecolor("none")
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=10, colors=INK)
@@ -154,9 +165,10 @@ def style(axes: Axes) -> None:
     axes.yaxis.label.set_color(INK)
 
 
-def _rule(axes: Axes, y: float, name: str) -> None:
-    axes.axhline(y, color=MUTED, linestyle=":", linewidth=1.3, zorder=1)
-    _note(axes, name, (1.0, y), ("axes fraction", "data"), (-2, 3), ha="right")
+def _rule(axes: Axes, rule: Rule, place: str) -> None:
+    """A dotted level, its name outside at the right, where no data are."""
+    axes.axhline(rule.y, color=MUTED, linestyle=":", linewidth=1.3, zorder=1)
+    _note(axes, rule.name, (1.0, rule.y), ("axes fraction", "data"), (5, 0), va=place)
 
 
 def _note(

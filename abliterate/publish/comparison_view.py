@@ -104,8 +104,9 @@ def comparison_page(comparison: Comparison) -> str:
     )
     strong = frozenset(i for i, row in enumerate(rows) if row.best)
     table = Grid(_HEADER, [_cells(row) for row in rows], right=0, strong=strong)
+    drawn = any(row.refusals and row.kl for row in rows)
     sections = [
-        Section("Refusals and cost", charts=[Chart(comparison_chart(comparison), caption)]),
+        Section("Refusals and cost", charts=[Chart(comparison_chart(comparison), caption)] if drawn else []),
         Section("Figures", tables=[table], facts=_EXPLAINED),
         Section("Remarks", remarks_of(comparison)),
         Section("What was measured", facts=comparison.facts),

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from abliterate.publish.charts import INK, new_figure
+from abliterate.publish.charts import INK, LEAST_KL, new_figure
 
 _MISSING = "#bfbfbe"
 _FIGURES_FIT = 16
+_FONT_ENDS = 0x2500
 Values = Sequence[Sequence[float | None]]
 
 
@@ -24,16 +25,18 @@ class Heat:
 
     Attributes:
         label: what it is, with its unit.
+        log: colours stand for orders of magnitude, from 1e-4 on.
         signed: positive and negative values matter, and get two colours that meet in white at 0.
     """
 
     values: Values
     label: str
     signed: bool = False
+    log: bool = False
 
 
 def heat_maps(
-    maps: Sequence[Heat], rows: Sequence[str], xlabel: str, ylabel: str, mark: tuple[int, int] | None
+    maps: Sequence[Heat], rows: Sequence[str], xlabel: str, ylabel: str, mark: tuple[int, int] | None = None
 ) -> Figure:
     """Maps of several quantities over the same rows and columns, above one another.
 
@@ -57,7 +60,7 @@ def heat_maps(
 def _heat(figure: Figure, axes: Axes, heat: Heat) -> None:
     values = np.array([[math.nan if v is None else v for v in row] for row in heat.values], dtype=float)
     known = values[np.isfinite(values)]
-    mesh = _mesh(axes, values, cmap="RdBu_r" if heat.signed else "viridis", norm=_norm(known, heat.signed))
+    mesh = _mesh(axes, values, cmap="RdBu_r" if heat.signed else "viridis", norm=_norm(known, heat))
     _cells(axes, values.shape)
     bar = figure.colorbar(mesh, ax=axes, pad=0.015, aspect=14)
     bar.ax.tick_params(labelsize=9, colors=INK)
@@ -83,9 +86,12 @@ def _cells(axes: Axes, shape: tuple[int, ...]) -> None:
     axes.yaxis.label.set_color(INK)
 
 
-def _norm(known: Any, signed: bool) -> Normalize:
+def _norm(known: Any, heat: Heat) -> Normalize:
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    if signed:
+    if heat.log:
+        low = max(low, LEAST_KL)
+        return LogNorm(low, max(high, 2 * low), clip=True)
+    if heat.signed:
         reach = max(abs(low), abs(high), 1e-9)
         return TwoSlopeNorm(0.0, -reach, reach)
     return Normalize(low, high if high > low else low + 1.0)
@@ -141,4 +147,4 @@ def _figures(axes: Axes, table: Any) -> None:
 
 def _ascii(text: str) -> str:
     """What the font has; the rest as escapes."""
-    return text.encode("ascii", "backslashreplace").decode() if any(ord(c) > 0x2500 for c in text) else text
+    return "".join(c if ord(c) < _FONT_ENDS else c.encode("ascii", "backslashreplace").decode() for c in text)

@@ -49,13 +49,18 @@ def pareto_chart(points: Sequence[Point]) -> Figure:
         _points(axes, [point for point in points if _kind(point) == kind.name], kind, scale)
     axes.set_xlabel("KL from the base at the first token, harmless prompts (nats, log scale)", fontsize=11)
     _upright(axes, points)
+    if points:
+        _legend(figure)
+    _label(figure, axes, points, scale)
+    return figure
+
+
+def _legend(figure: Figure) -> None:
     legend = figure.legend(
         loc="outside lower center", ncols=4, fontsize=10, frameon=False, labelcolor=INK, title_fontsize=10,
         title="bars: 95 % intervals; down and to the left is better",
     )  # fmt: skip
     legend.get_title().set_color(INK)
-    _label(figure, axes, points, scale)
-    return figure
 
 
 @dataclass(frozen=True)
