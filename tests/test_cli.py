@@ -30,7 +30,7 @@ OPTIONS = {
     "direction": COMMON | PROMPTS | {"-o", "--exhaustive"},
     "plan": {"--revision", "--json", "-v", "-q"},
     "verify": COMMON | {"--direction", "--template"},
-    "evaluate": COMMON | PROMPTS | {"--baseline"},
+    "evaluate": COMMON | PROMPTS | {"--baseline", "--judge", "--tasks", "--task-path", "--save-completions"},
     "recipes": {"--json"},
 }
 
