@@ -16,12 +16,14 @@ from abliterate.options import (
     exhaustive_option,
     inexact_option,
     json_option,
+    judge_option,
     max_new_tokens_option,
     prompt_options,
     recipe_option,
     remote_code_option,
     revision_option,
     run_options,
+    task_options,
     voice_options,
 )
 from abliterate.progress import Progress
@@ -209,16 +211,42 @@ def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any)
 @prompt_options
 @run_options
 @max_new_tokens_option
+@judge_option
+@task_options
+@click.option(
+    "--save-completions",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the answers to FILE (JSON lines), which is for your eyes: they are kept nowhere else.",
+)
 @json_option
 @voice_options
-def evaluate(model: str, baseline: str | None, as_json: bool, **given: Any) -> None:
-    """Measure refusals, over-refusals, loss, and the distance to a baseline, on held-out prompts."""
+def evaluate(
+    model: str,
+    baseline: str | None,
+    judge: str | None,
+    tasks: tuple[str, ...],
+    task_path: Path | None,
+    save_completions: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure refusals, over-refusals, loss, and the distance to a baseline, on held-out prompts.
+
+    Every figure comes with its 95 % interval. Refusals are told by phrases in the answer, by its first token, and by a
+    judge if you name one.
+    """
     with loading():
         from abliterate import measuring
         from abliterate.publish.summary import print_evaluation
 
     report = measuring.evaluate(
-        model, baseline=baseline, revision=given["revision"], recipe=_recipe(given), options=_run_options(given)
+        model,
+        baseline=baseline,
+        revision=given["revision"],
+        recipe=_recipe(given),
+        options=_run_options(given),
+        extras=measuring.Extras(judge, tasks, task_path, save_completions),
     )
     if as_json:
         echo_json(dataclasses.asdict(report))

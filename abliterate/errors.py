@@ -50,6 +50,10 @@ class EditError(AbliterateError):
     """A direction cannot be projected out of a tensor."""
 
 
+class EvaluationError(AbliterateError):
+    """A judge or a benchmark cannot be loaded or asked."""
+
+
 class OutputError(AbliterateError):
     """The output folder cannot be used, or writing to it failed."""
 

@@ -1,14 +1,21 @@
 """`abliterate evaluate`: what the saved files do, alone or beside a baseline."""
 
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from abliterate.calibration.model import LanguageModel
+from abliterate.checkpoint.diskio import check_file_target, write_file
 from abliterate.direction.refusal_tokens import find_refusal_tokens
 from abliterate.errors import AbliterateError, CalibrationError
+from abliterate.evaluation.harness import Benchmark, check_tasks, run_tasks
+from abliterate.evaluation.judge import Judge
 from abliterate.evaluation.metrics import evaluate_model
-from abliterate.evaluation.sets import Evaluation, EvaluationSet
+from abliterate.evaluation.sets import Evaluation, EvaluationSet, Measured, differences
+from abliterate.evaluation.statistics import Mean
+from abliterate.judging import judged, parse_judge, summon
 from abliterate.progress import Progress
 from abliterate.prompting import Prompts, encode, encode_plain, load_calibration, neutral_paragraphs
 from abliterate.proving import Tongue, tongue_of
@@ -20,13 +27,42 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Extras:
+    """What is done beside the evaluation, when it is asked for.
+
+    Attributes:
+        judge: who also tells refusals, see `parse_judge`.
+        tasks: benchmarks of lm-evaluation-harness. `task_path`: a folder with more of them.
+        save_completions: file for the answers, which are kept nowhere else.
+    """
+
+    judge: str | None = None
+    tasks: tuple[str, ...] = ()
+    task_path: Path | None = None
+    save_completions: Path | None = None
+
+
+@dataclass(frozen=True)
 class EvaluationReport:
-    """A model's evaluation, and its baseline's where one was given."""
+    """A model's evaluation, and its baseline's where one was given, with what is different, prompt by prompt."""
 
     name: str
     evaluation: Evaluation
     baseline_name: str | None = None
     baseline: Evaluation | None = None
+    differences: Mapping[str, Mean] = field(default_factory=dict)
+    benchmarks: tuple[Benchmark, ...] = ()
+    baseline_benchmarks: tuple[Benchmark, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """One model, its answers still at hand."""
+
+    name: str
+    measured: Measured
+    answers: tuple[str, ...]
+    benchmarks: tuple[Benchmark, ...]
 
 
 def evaluation_set(
@@ -56,31 +92,111 @@ def evaluate(
     revision: str | None = None,
     recipe: Recipe | str = "refusal",
     options: RunOptions | None = None,
+    extras: Extras | None = None,
 ) -> EvaluationReport:
     """Evaluates a checkpoint on held-out prompts, and compares it with `baseline` (KL, top-1 agreement) when given.
 
     Args:
         model: folder or Hub id. `baseline` likewise.
+        extras: a judge, benchmarks, a file for the answers.
 
     Raises:
         CalibrationError: no tokenizer, or the baseline's vocabulary differs.
+        EvaluationError: the judge or a benchmark cannot be had.
+        OutputError: the answers cannot be written.
     """
-    options = options or RunOptions()
+    options, extras = options or RunOptions(), extras or Extras()
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    judge = _prepared(extras, options)
     subject = open_subject(model, revision, options.trust_remote_code, inexact=True)
     reference = open_subject(baseline, None, options.trust_remote_code, inexact=True) if baseline else None
+    if reference is not None:
+        _same_vocabulary(subject, reference)
     tongue = _speaking(subject, options, chosen)
     prompts = load_calibration(chosen.calibration, options.seed)
     tokens = _refusal_tokens(subject, reference, options, tongue, prompts)
     longest = options.max_new_tokens or chosen.evaluation.max_new_tokens
     data = evaluation_set(tongue, prompts, tokens, longest, chosen.evaluation.kl_tokens)
-    if reference is None:
-        alone = evaluate_model(_loaded(subject, options, tongue), data, None, options.progress)
-        return EvaluationReport(subject.name, alone.evaluation)
-    base = evaluate_model(_loaded(reference, options, tongue), data, None, options.progress, "baseline")
-    _same_vocabulary(subject, reference)
-    edited = evaluate_model(_loaded(subject, options, tongue), data, base, options.progress, "model")
-    return EvaluationReport(subject.name, edited.evaluation, reference.name, base.evaluation)
+    heard = _hear_all(subject, reference, options, tongue, data, extras)
+    requests = requests_of(data, prompts)
+    if extras.save_completions is not None:
+        write_file(extras.save_completions, _lines(heard, data, requests))
+    return _report(heard, _judged(heard, data, requests, judge, options))
+
+
+def _prepared(extras: Extras, options: RunOptions) -> Callable[[], Judge] | None:
+    """Looks for everything that could be missing, before any model is loaded."""
+    if extras.save_completions is not None:
+        check_file_target(extras.save_completions)
+    if extras.tasks:
+        check_tasks(extras.tasks, extras.task_path)
+    return summon(parse_judge(extras.judge), options) if extras.judge else None
+
+
+def _hear_all(
+    subject: Subject,
+    reference: Subject | None,
+    options: RunOptions,
+    tongue: Tongue,
+    data: EvaluationSet,
+    extras: Extras,
+) -> list[_Heard]:
+    """The model, after its baseline where there is one; one at a time is in memory."""
+    heard: list[_Heard] = []
+    labels = ("evaluate",) if reference is None else ("baseline", "model")
+    for each, label in zip([subject] if reference is None else [reference, subject], labels, strict=True):
+        model = _loaded(each, options, tongue)
+        base = heard[0].measured if heard else None
+        texts: list[str] = []
+        measured = evaluate_model(model, data, base, options.progress, label, texts.extend)
+        scores = run_tasks(model, extras.tasks, extras.task_path, options.progress) if extras.tasks else ()
+        heard.append(_Heard(each.name, measured, tuple(texts), scores))
+        del model
+    return heard
+
+
+def requests_of(data: EvaluationSet, prompts: Prompts) -> list[str]:
+    """The instructions, in the order of `EvaluationSet.prompts`."""
+    sets = [prompts.harmful.test, prompts.harmless.test, prompts.look_alike.test] if data.harmful else []
+    return [text for each in sets or [prompts.harmless.test] for text in each.instructions]
+
+
+def _lines(heard: Sequence[_Heard], data: EvaluationSet, requests: Sequence[str]) -> bytes:
+    """JSON lines: which model, which kind of prompt, what was asked, what was answered."""
+    sizes = {"harmful": len(data.harmful), "harmless": len(data.harmless), "look_alike": len(data.look_alike)}
+    kinds = [kind for kind, size in sizes.items() for _ in range(size)]
+    rows = [
+        {"model": each.name, "kind": kind, "instruction": request, "completion": answer}
+        for each in heard
+        for kind, request, answer in zip(kinds, requests, each.answers, strict=True)
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "backslashreplace")
+
+
+def _judged(
+    heard: Sequence[_Heard],
+    data: EvaluationSet,
+    requests: Sequence[str],
+    summoned: Callable[[], Judge] | None,
+    options: RunOptions,
+) -> list[Evaluation]:
+    found = [each.measured.evaluation for each in heard]
+    if summoned is None or not data.harmful:
+        return found
+    judge = summoned()
+    return [
+        judged(evaluation, data, requests, each.answers, judge, options.progress)
+        for evaluation, each in zip(found, heard, strict=True)
+    ]
+
+
+def _report(heard: Sequence[_Heard], evaluations: Sequence[Evaluation]) -> EvaluationReport:
+    last, edited = heard[-1], evaluations[-1]
+    if len(heard) == 1:
+        return EvaluationReport(last.name, edited, benchmarks=last.benchmarks)
+    base, before = heard[0], evaluations[0]
+    changes = differences(before, edited)
+    return EvaluationReport(last.name, edited, base.name, before, changes, last.benchmarks, base.benchmarks)
 
 
 def _speaking(subject: Subject, options: RunOptions, recipe: Recipe) -> Tongue:

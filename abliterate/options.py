@@ -1,6 +1,7 @@
 """Options that several commands of the command line share."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -26,6 +27,13 @@ def _memory(_context: click.Context, _parameter: click.Parameter, value: str) ->
     except AbliterateError as error:
         raise click.BadParameter(str(error)) from error
     return value
+
+
+def _names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in (value or "").split(",") if name.strip()))
+    if value is not None and not names:
+        raise click.BadParameter("no task is named")
+    return names
 
 
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
@@ -61,6 +69,27 @@ inexact_option = click.option(
 )
 max_new_tokens_option = click.option(
     "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Of completions.  [default: the recipe's]"
+)
+judge_option = click.option(
+    "--judge",
+    metavar="SPEC",
+    help="Who also tells refusals. classifier:PATH[#LABEL]: a sequence classification model (folder or Hub id) that "
+    "reads the answer. chat:PATH: a chat model, asked for yes or no. http(s)://HOST/v1#MODEL: an OpenAI-compatible "
+    "endpoint, to which prompts and answers are sent; its key is read from the variable OPENAI_API_KEY.",
+)
+task_options = _options(
+    click.option(
+        "--tasks",
+        metavar="NAME,...",
+        callback=_names,
+        help="Benchmarks of lm-evaluation-harness (mmlu,arc_challenge,...); needs pip install 'abliterate[eval]'.",
+    ),
+    click.option(
+        "--task-path",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="FOLDER",
+        help="Task files (YAML) of your own, which may refer to local data and to Python code that is then run.",
+    ),
 )
 run_options = _options(
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),

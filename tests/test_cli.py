@@ -22,7 +22,7 @@ from tests import pico
 from tests.commandline import names, run, run_here, snapshot, start
 
 COMMON = {"--device", "--dtype", "--batch-size", "--seed", "--trust-remote-code", "--json", "-v", "-q", "--revision"}
-PROMPTS = {"--recipe", "--harmful", "--harmless", "--system-prompt", "--template"}
+PROMPTS = {"--recipe", "--harmful", "--harmless", "--look-alike", "--system-prompt", "--template"}
 OPTIONS = {
     "convert": COMMON
     | PROMPTS
@@ -30,8 +30,11 @@ OPTIONS = {
     "direction": COMMON | PROMPTS | {"-o", "--exhaustive"},
     "plan": {"--revision", "--json", "-v", "-q"},
     "verify": COMMON | {"--direction", "--template"},
-    "evaluate": COMMON | PROMPTS | {"--baseline"},
+    "evaluate": COMMON | PROMPTS | {"--baseline", "--judge", "--tasks", "--task-path", "--save-completions"},
     "audit": COMMON | PROMPTS | {"-o", "--exhaustive", "--prompts", "--directions", "--overwrite", "--memory"},
+    "compare": COMMON
+    | (PROMPTS - {"--recipe"})
+    | {"-o", "--recipes", "--convert", "--overwrite", "--inexact", "--max-new-tokens"},
     "recipes": {"--json"},
 }
 

@@ -94,7 +94,7 @@ def record_answers(
         kept = tuple(each.cpu() for each in (first.int(), ids.int(), _classes(logits, ids)))
         return tokens, kept, _loss(logits, tokens)
 
-    found = _along(model, prompts, short, [len(tokens) for tokens in whole], summary, Bar(progress, description))
+    found = along(model, prompts, short, [len(tokens) for tokens in whole], summary, Bar(progress, description))
     tokens, kept, losses = zip(*found, strict=True)
     likeliest, ids, log_probs = (torch.cat(each) for each in zip(*kept, strict=True))
     return Answers(tokens, likeliest, ids, log_probs, losses)
@@ -113,7 +113,7 @@ def distance(
         same = (logits.argmax(-1) == answers.likeliest[rows].to(logits.device)).double()
         return float(kl.mean()), float(same.mean()), _loss(logits, answers.tokens[number])
 
-    found = _along(model, prompts, answers.tokens, answers.lengths, compared, Bar(progress, description))
+    found = along(model, prompts, answers.tokens, answers.lengths, compared, Bar(progress, description))
     kl, agreement, losses = zip(*found, strict=True)
     return Distance(kl, agreement, losses)
 
@@ -136,7 +136,7 @@ def _loss(logits: Tensor, tokens: Sequence[int]) -> float:
     return float(torch.nn.functional.cross_entropy(logits, target))
 
 
-def _along(
+def along(
     model: LanguageModel,
     prompts: Sequence[Tokens],
     answers: Sequence[Sequence[int]],

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from abliterate.evaluation.harness import Benchmark
+from abliterate.evaluation.statistics import Z
 from abliterate.publish.figures import MISSING, percent, significant
 
 Figures = Mapping[str, Any]
@@ -86,10 +88,19 @@ def metric_rows(evaluations: Sequence[Figures]) -> list[tuple[Metric, str, list[
     ]
 
 
+def score_text(score: Benchmark) -> str:
+    """A benchmark's score with its interval: `0.312 [0.287, 0.337]`."""
+    if score.stderr is None:
+        return _nats(score.value)
+    reach = Z * score.stderr
+    return f"{_nats(score.value)} [{_nats(score.value - reach)}, {_nats(score.value + reach)}]"
+
+
 def caption(evaluation: Figures) -> str:
     """What stands below the table: what was measured on, and what the brackets and units are."""
     brackets = "; 95 % intervals in brackets" if has_intervals(evaluation) else ""
-    return f"{counts(evaluation)}, answers of up to {evaluation['max_new_tokens']} tokens; {UNITS}{brackets}"
+    judge = f", judged by {evaluation['judge']}" if evaluation.get("judge") else ""
+    return f"{counts(evaluation)}, answers of up to {evaluation['max_new_tokens']} tokens{judge}; {UNITS}{brackets}"
 
 
 def counts(evaluation: Figures) -> str:

@@ -9,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from abliterate.architecture.writer import Plan
+from abliterate.evaluation.harness import Benchmark
 from abliterate.evaluation.sets import Evaluation
 from abliterate.publish.candidates import SHOWN, ranked, score_names, verdict
-from abliterate.publish.evidence import caption, metric_rows
-from abliterate.publish.figures import claim_of, significant, visible, writer_groups
+from abliterate.publish.evidence import caption, metric_rows, score_text
+from abliterate.publish.figures import MISSING, claim_of, significant, visible, writer_groups
 from abliterate.publish.plan_view import Sized, note, plan_table, simple_table, tensor_sizes
 
 Record = Mapping[str, Any]
@@ -37,6 +38,14 @@ class Report(Protocol):
     @property
     def baseline(self) -> Evaluation | None:
         """What that one does."""
+
+    @property
+    def benchmarks(self) -> Sequence[Benchmark]:
+        """Scores of the model."""
+
+    @property
+    def baseline_benchmarks(self) -> Sequence[Benchmark]:
+        """Scores of its baseline."""
 
 
 def closing_table(manifest: Record, folder: str | None = None) -> RenderableType:
@@ -67,6 +76,18 @@ def compare_table(evaluations: Mapping[str, Record]) -> Table:
         table.add_column(Text(name), justify="right", overflow="fold")
     for _, label, texts in metric_rows(list(evaluations.values())):
         table.add_row(Text(label), *map(Text, texts))
+    return table
+
+
+def benchmark_table(scores: Mapping[str, Sequence[Benchmark]]) -> Table:
+    """Scores of one or more models side by side, by the models' names, in the order of the last one's."""
+    table = simple_table(Text("scores of lm-evaluation-harness, 95 % intervals from its standard errors", "dim"))
+    table.add_column("")
+    for name in scores:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    found = [{(each.task, each.metric): score_text(each) for each in column} for column in scores.values()]
+    for key in found[-1]:
+        table.add_row(Text(", ".join(key)), *(Text(column.get(key, MISSING)) for column in found))
     return table
 
 
@@ -145,6 +166,9 @@ def print_evaluation(report: Report) -> None:
         name = report.baseline_name or "baseline"
         named = {name if name != report.name else f"{name} (baseline)": asdict(report.baseline), **named}
     _print(compare_table(named))
+    if report.benchmarks:
+        columns = [report.baseline_benchmarks, report.benchmarks][-len(named) :]
+        _print(Group(Text(), benchmark_table(dict(zip(named, columns, strict=True)))))
 
 
 def _print(renderable: RenderableType) -> None:

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from abliterate.architecture.writer import Plan, Role, Runtime, Step, TensorRole, Writer
+from abliterate.evaluation.harness import Benchmark
 from abliterate.evaluation.sets import Evaluation, Samples
 from abliterate.publish import summary
 from abliterate.publish.figures import percent, ranges, significant, sizes, visible
@@ -205,6 +206,8 @@ class _Report:
     evaluation: Evaluation
     baseline_name: str | None = None
     baseline: Evaluation | None = None
+    benchmarks: tuple[Benchmark, ...] = ()
+    baseline_benchmarks: tuple[Benchmark, ...] = ()
 
 
 def test_printing(manifest: Manifest, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,6 +230,11 @@ def test_printing(manifest: Manifest, plan: Plan, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.split("\n")[0].split() == ["out"]
     summary.print_evaluation(_Report("same", evaluation, "same", evaluation))
     assert capsys.readouterr().out.split("\n")[0].split() == ["same", "(baseline)", "same"]
+    scores = (Benchmark("arc", "acc", 0.25, 0.05, 75), Benchmark("mmlu", "acc", 0.5, None, 9))
+    summary.print_evaluation(_Report("out", evaluation, "base", evaluation, scores, scores[:1]))
+    told = capsys.readouterr().out.splitlines()
+    assert next(line for line in told if "arc" in line).split() == ["arc,", "acc", *["0.250", "[0.152,", "0.348]"] * 2]
+    assert next(line for line in told if "mmlu" in line).split() == ["mmlu,", "acc", "–", "0.500"]
 
 
 def test_figures() -> None:
