@@ -14,7 +14,7 @@ from abliterate.progress import Progress
 _COARSE = tuple(step / 8 for step in range(1, 9))
 _FINE = 4
 """Parts that the step in which the rate falls to a half is divided into."""
-_CONFIRMED = 10
+_CONFIRMED = 12
 """Windows that are measured on every prompt."""
 
 
@@ -46,7 +46,8 @@ class Windows:
 
     Attributes:
         base: the untouched model on the few harmful prompts that `tried` were measured on.
-        smallest: of those that were measured on every prompt, the smallest that halves refusal; None if none does.
+        smallest: of those that were measured on every prompt, the smallest that halves refusal, and of several the one
+            with the least KL; None if none does.
     """
 
     base: Effect
@@ -116,7 +117,8 @@ def search_windows(
         smaller = _smallest(tried, limit)
     spans = [range(window.first, window.last + 1) for window in _to_confirm(smaller)]
     sure = _windows(model, unit, spans, data, baseline, progress)
-    return Windows(few_base, tuple(tried), next((w for w in sure if halves(w.effect, base)), None))
+    work = [window for window in sure if halves(window.effect, base)]
+    return Windows(few_base, tuple(tried), min(work, key=lambda w: (w.width, w.effect.kl or 0.0), default=None))
 
 
 def _smallest(tried: Sequence[Window], limit: float) -> list[Window]:
@@ -126,11 +128,11 @@ def _smallest(tried: Sequence[Window], limit: float) -> list[Window]:
 
 
 def _to_confirm(works: Sequence[Window]) -> list[Window]:
-    """Two of each width, the smallest first, and the widest of all."""
+    """Three of each width, the smallest first, and the widest of all."""
     by_width: dict[int, list[Window]] = {}
     for window in works:
         by_width.setdefault(window.width, []).append(window)
-    several = [window for windows in by_width.values() for window in windows[:2]]
+    several = [window for windows in by_width.values() for window in windows[:3]]
     return list(dict.fromkeys([*several[:_CONFIRMED], *several[-1:]]))
 
 

@@ -20,7 +20,7 @@ def verdict(audit: Audit) -> list[str]:
 
 def _headline(audit: Audit) -> str:
     one, before = audit.span.effects[0], audit.base.refusals
-    change = f"removing it takes refusals from {percent(before.share)} to {_cost(one)}"
+    change = f"removing it takes refusals (by score) from {percent(before.share)} to {_cost(one)}"
     left = one.refusals.share / before.share
     if left <= NEARLY_ALL:
         return f"Refusal is concentrated: one direction carries nearly all of it; {change}."

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from abliterate.publish.charts import INK, LEAST_KL, new_figure
 
@@ -64,6 +64,8 @@ def _heat(figure: Figure, axes: Axes, heat: Heat) -> None:
     _cells(axes, values.shape)
     bar = figure.colorbar(mesh, ax=axes, pad=0.015, aspect=14)
     bar.ax.tick_params(labelsize=9, colors=INK)
+    if heat.log:
+        bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     bar.outline.set_visible(False)
     axes.set_title(heat.label, fontsize=10.5, loc="left", color=INK, parse_math=False)
 

@@ -1,6 +1,7 @@
 """The searches, on models whose refusals are a formula; every steer that is measured is written down."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,6 +95,22 @@ def test_a_window_that_works_on_the_first_prompts_alone_is_not_given_out(patch: 
     assert (3, 3) in {(w.first, w.last) for w in found.tried if w.effect.refusals.share < 0.5}
     assert found.smallest is not None
     assert {3, 4} <= set(range(found.smallest.first, found.smallest.last + 1)) and found.smallest.width <= 4
+
+
+def test_of_windows_of_one_width_the_cheapest_is_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    formula = Formula(lambda s: 30 if s.layers is None or not {2, 5, 6} & set(s.layers) else 5 + s.layers.start)
+
+    def priced(model: Any, steers: Sequence[Steer], data: Validation, *rest: Any) -> list[Effect]:
+        costs = {2: 0.3, 5: 0.02, 6: 0.2}
+        found = formula(model, steers, data, *rest)
+        return [
+            replace(e, kl=costs.get(s.layers.start, 0.01) if data.harmless and s.layers else e.kl)
+            for s, e in zip(steers, found, strict=True)
+        ]
+
+    monkeypatch.setattr(halving, "effects", priced)
+    found = windows(8).smallest
+    assert found is not None and (found.first, found.last, found.effect.kl) == (5, 5, 0.02)
 
 
 def test_no_window_works(patch: Any) -> None:

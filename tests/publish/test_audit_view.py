@@ -14,7 +14,7 @@ from tests.publish.made_charts import Reader, record
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        ((1, 1, 0, 1), "one direction carries nearly all of it; removing it takes refusals from 93.8 % to 3.12 %"),
+        ((1, 1, 0, 1), "carries nearly all of it; removing it takes refusals (by score) from 93.8 % to 3.12 %"),
         ((12, 1), "one direction carries most of it; "),
         ((20, 16, 9), "No single direction carries refusal: "),
         ((20, 16, 9), "it takes 3 directions to halve them (28.1 % at a KL of 0.40 nats"),

@@ -8,8 +8,8 @@ from tests.real.support import run
 
 RECIPE = """
 name: few
-calibration: {train: 16, validation: 4, test: 1}
-direction: {positions: 1}
+calibration: {train: 10, validation: 4, test: 1}
+direction: {positions: 1, filter: false}
 """
 
 
