@@ -1,5 +1,6 @@
 """A judge behind an OpenAI-compatible endpoint, asked over HTTP with what Python itself brings."""
 
+import http.client
 import json
 import logging
 import re
@@ -97,7 +98,7 @@ class EndpointJudge:
                 return self._verdict(self._post(body))
             except urllib.error.HTTPError as error:
                 problem, passing = self._refused(error), error.code in PASSING
-            except OSError as error:  # no connection, a name that is not known, a timeout
+            except (OSError, http.client.HTTPException) as error:  # no connection, no such name, a timeout, no HTTP
                 problem, passing = first_line(getattr(error, "reason", None) or error), True
             if not passing or attempt + 1 == self.tries:
                 raise EvaluationError(self._without_key(f"the judge {self.name} cannot be asked: {problem}"))
