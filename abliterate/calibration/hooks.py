@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from abliterate.calibration.transport import Transport
 
 Transform = Callable[[Tensor], Tensor]
+Place = tuple[int | None, str]
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ class Stream:
         positionwise: numbers of writers that put out a row for each position, the same for all prompts.
         transport: takes directions along the skip path where that has gains; None where r is the same everywhere.
         sometimes: numbers of layers that only run when there is an image.
+        places: of each writer its decoder layer, None outside of layers, and its kind (see `Writer`); empty where the
+            stream was not found through a plan.
     """
 
     writers: tuple[nn.Module, ...]
@@ -164,6 +167,7 @@ class Stream:
     positionwise: frozenset[int] = frozenset()
     transport: Transport | None = None
     sometimes: frozenset[int] = frozenset()
+    places: tuple[Place, ...] = ()
 
     def along(self, directions: Tensor) -> list[Tensor]:
         """Directions [rows, hidden] at the end of the stream, as each of the writers sees them."""
