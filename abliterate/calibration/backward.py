@@ -19,10 +19,12 @@ from abliterate.calibration.lockstep import Call, Layer, Weights, lockstep
 from abliterate.calibration.spool import Spool
 from abliterate.progress import Advance
 
-Node = tuple[int, Tensor]
-"""The number of a watched module, and what it put out, as a node of the graph."""
+Node = tuple[int, Tensor, Tensor]
+"""The number of a watched module, what it put out, and what went on in its stead, as a node of the graph."""
+Change = Callable[[int, Tensor], Tensor]
+"""Takes the number of a watched module and what it put out, and gives what goes on in its stead."""
 Seen = Callable[[int, int, Tensor, Tensor], None]
-"""Takes the number of a call and of a watched module, an output of it there, and the gradient at that."""
+"""Takes the number of a call and of a watched module, an output of it there, and the gradient at what went on."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def gradients_at(
     seen: Seen,
     advance: Advance,
     spool: Spool | None = None,
+    change: Change | None = None,
+    again: bool = True,
 ) -> list[Tensor]:
     """Runs calls that each give a scalar, and the gradient of each back to every output of the watched modules.
 
@@ -61,35 +65,40 @@ def gradients_at(
         seen: called for each output that the scalar depends on, those of one call in the same order always.
         advance: told of each layer, forward and back.
         spool: where inputs of layers wait.
+        change: made to every output of the watched modules, without a graph of its own: `seen` is given the output
+            before it, and the gradient at the output after it.
+        again: run each layer again on the way back. Without, the whole graph of each call stays in memory, which is
+            faster by a forward pass.
 
     Returns:
         The scalars, in the order of the calls.
     """
-    recording = _Recording(advance, spool, len(calls) * len(weights.layers))
+    recording = _Recording(advance, spool, len(calls) * len(weights.layers), again)
     scalars: list[Tensor | None] = [None] * len(calls)
     passes = [_Pass(number) for number in range(len(calls))]
 
     def begun(one: _Pass) -> Tensor:
         recording.passes[getcurrent()] = one
-        with watching(watched, one.nodes):
+        with watching(watched, one.nodes, change):
             return calls[one.number]()
 
     for number, scalar in lockstep(weights, [partial(begun, one) for one in passes], recording, gradients=True):
         scalars[number] = scalar.detach()
         passes[number].pending.append((scalar, torch.ones_like(scalar)))
     while any(one.visits for one in passes):
-        _back(weights, watched, [one for one in passes if one.visits], seen)
+        _back(weights, watched, [one for one in passes if one.visits], seen, change)
         advance(1)
     for one in passes:
-        _report(one, one.nodes, _gradients(one.pending, [node for _, node in one.nodes]), seen)
+        _report(one, one.nodes, _gradients(one.pending, [node for _, _, node in one.nodes]), seen)
     return [scalar for scalar in scalars if scalar is not None]
 
 
 class _Recording(Layer):
     """A layer on the way forward."""
 
-    def __init__(self, advance: Advance, spool: Spool | None, count: int) -> None:
+    def __init__(self, advance: Advance, spool: Spool | None, count: int, again: bool) -> None:
         self.passes: dict[Any, _Pass] = {}
+        self._again = again
         self._advance, self._spool, self._count, self._last = advance, spool, count, -1
 
     def __call__(self, index: int, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -97,6 +106,8 @@ class _Recording(Layer):
         if index != self._last:
             self._last = index
             self._advance(1)
+        if not self._again:
+            return forward(*args, **kwargs)
         with torch.no_grad():
             output = forward(*args, **kwargs)
         given: list[Tensor] = []
@@ -111,19 +122,21 @@ class _Recording(Layer):
         return given[-1]
 
 
-def _back(weights: Weights, watched: Sequence[nn.Module], passes: Sequence[_Pass], seen: Seen) -> None:
+def _back(
+    weights: Weights, watched: Sequence[nn.Module], passes: Sequence[_Pass], seen: Seen, change: Change | None
+) -> None:
     """One layer further back: the last of those that passes still have to go through."""
     index = max(one.visits[-1].index for one in passes)
     weights.load(index)
     try:
         for one in passes:
             if one.visits[-1].index == index:
-                _back_through(one, watched, seen)
+                _back_through(one, watched, seen, change)
     finally:
         weights.release(index)
 
 
-def _back_through(one: _Pass, watched: Sequence[nn.Module], seen: Seen) -> None:
+def _back_through(one: _Pass, watched: Sequence[nn.Module], seen: Seen, change: Change | None) -> None:
     visit = one.visits.pop()
     arriving = _gradients(one.pending, visit.given)
     # A leaf depends on nothing further back.
@@ -138,11 +151,11 @@ def _back_through(one: _Pass, watched: Sequence[nn.Module], seen: Seen) -> None:
         return taken[-1][1]
 
     nodes: list[Node] = []
-    with torch.enable_grad(), watching(watched, nodes):
+    with torch.enable_grad(), watching(watched, nodes, change):
         args, kwargs = _mapped(visit.args, cut), _mapped(visit.kwargs, cut)
         outputs = list(tensors_in(visit.forward(*args, **kwargs)))
     ends = [(out, g) for out, g in zip(outputs, arriving, strict=True) if g is not None and out.requires_grad]
-    wanted = [leaf for _, leaf in taken] + [node for _, node in nodes]
+    wanted = [leaf for _, leaf in taken] + [node for _, _, node in nodes]
     found = _gradients(ends, wanted)
     one.pending += [(tensor, g) for (tensor, _), g in zip(taken, found, strict=False) if g is not None]
     _report(one, nodes, found[len(taken) :], seen)
@@ -158,23 +171,25 @@ def _gradients(ends: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[Tensor]) 
 
 
 def _report(one: _Pass, nodes: Sequence[Node], gradients: Sequence[Tensor | None], seen: Seen) -> None:
-    for (number, node), gradient in zip(nodes, gradients, strict=True):
+    for (number, output, _), gradient in zip(nodes, gradients, strict=True):
         if gradient is not None:
-            seen(one.number, number, node.detach(), gradient)
+            seen(one.number, number, output, gradient)
 
 
 @contextmanager
-def watching(modules: Sequence[nn.Module], nodes: list[Node]) -> Iterator[None]:
-    """Collects what modules put out while a graph is made."""
+def watching(modules: Sequence[nn.Module], nodes: list[Node], change: Change | None = None) -> Iterator[None]:
+    """Collects what modules put out while a graph is made, and changes it whether one is made or not."""
     mine = getcurrent()
 
     def hook(number: int, output: Any) -> Any:
-        if getcurrent() is not mine or not torch.is_grad_enabled():
+        if getcurrent() is not mine:
             return None
         hidden = first_tensor(output)
-        node = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-        nodes.append((number, node))
-        return replace_first(output, node)
+        changed = hidden if change is None else change(number, hidden)
+        if torch.is_grad_enabled():
+            changed = changed if changed.requires_grad else changed.detach().requires_grad_()
+            nodes.append((number, hidden.detach(), changed))
+        return replace_first(output, changed)
 
     with ExitStack() as stack:
         for number, module in enumerate(modules):

@@ -18,6 +18,7 @@ from abliterate.calibration.basis import orthonormal
 from abliterate.calibration.transport import Transport
 
 Transform = Callable[[Tensor], Tensor]
+Place = tuple[int | None, str]
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,8 @@ class Stream:
         positionwise: numbers of writers that put out a row for each position, the same for all prompts.
         transport: takes directions along the skip path where that has gains; None where r is the same everywhere.
         sometimes: numbers of layers that only run when there is an image.
+        places: of each writer its decoder layer, None outside of layers, and its kind (see `Writer`); empty where the
+            stream was not found through a plan.
     """
 
     writers: tuple[nn.Module, ...]
@@ -180,6 +183,7 @@ class Stream:
     positionwise: frozenset[int] = frozenset()
     transport: Transport | None = None
     sometimes: frozenset[int] = frozenset()
+    places: tuple[Place, ...] = ()
 
     def along(self, directions: Tensor) -> list[Tensor]:
         """Directions [rows, hidden] or bases [rows, k, hidden] at the end of the stream, as the writers see them."""

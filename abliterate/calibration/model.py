@@ -7,7 +7,7 @@ correction) and on the left for generation.
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -104,6 +104,11 @@ def stacked(taken: dict[int, Tensor], layers: int) -> Tensor:
     return torch.stack([found[i] for i in range(layers)], dim=2)
 
 
+def _within(inside: Callable[[], AbstractContextManager[None]], call: Call[Batch]) -> Batch:
+    with inside():
+        return call()
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A causal language model, its weights in memory or streamed through it.
@@ -173,6 +178,7 @@ class LanguageModel:
         positions: int = 0,
         progress: Progress = SILENT,
         description: str = "forward",
+        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Iterator[Batch]:
         """Runs every prompt once, batch by batch; each batch says which prompts it holds.
 
@@ -181,12 +187,14 @@ class LanguageModel:
             steers: one intervention a prompt; None leaves the model alone.
             positions: P, how many positions from the end to keep the layers' inputs at.
             progress: where the bar goes, titled `description`.
+            inside: entered by each batch's own pass, for hooks that act on the pass that set them.
         """
         batches = list(self.batches(prompts, steers))
         calls: list[Call[Batch]] = []
         for rows in batches:
             chosen = [steers[i] for i in rows] if steers else []
-            calls.append(partial(self._run, rows, [prompts[i] for i in rows], chosen, positions, len(batches)))
+            run_one = partial(self._run, rows, [prompts[i] for i in rows], chosen, positions, len(batches))
+            calls.append(partial(_within, inside, run_one))
         bar = Bar(progress, description, list(map(len, batches)))
         for _, batch in self.runner.run(calls, bar):
             yield batch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from abliterate.architecture.covector import ReadTensor
 from abliterate.architecture.writer import Plan, Writer, layer_of
-from abliterate.calibration.hooks import Stream, tensors_in
+from abliterate.calibration.hooks import Place, Stream, tensors_in
 from abliterate.calibration.runner import Bar, Resident, Runner
 from abliterate.calibration.transport import Transport
 from abliterate.errors import AbliterateError, ArchitectureError, CalibrationError, first_line
@@ -43,12 +43,12 @@ def find_stream(
         for _ in (runner or Resident()).run([lambda: _run(model)], Bar()):
             pass
     usable = {name for name, fits in seen.items() if fits}
-    found: dict[str, Writer] = {}
+    found: dict[str, list[Writer]] = {}
     unreached = []
     for writer in plan.writers:
         name = next((name for name in choices[writer.tensor] if name in usable), None)
         if name is not None:
-            found.setdefault(name, writer)
+            found.setdefault(name, []).append(writer)
         elif any(name in seen or name not in modules for name in choices[writer.tensor]) and writer.kind != "projector":
             unreached.append(writer.tensor)
     layers = [modules.get(name) for name in plan.runtime.layers]
@@ -57,14 +57,15 @@ def find_stream(
     head: Any = model.get_output_embeddings() if tied_head else None  # type: ignore[operator]
     return Stream(
         writers=tuple(modules[name] for name in found),
-        names=tuple(map(_label, found.values())),
+        names=tuple(_label(writers[0]) for writers in found.values()),
         layers=tuple(layers),  # type: ignore[arg-type]
         hidden_size=plan.hidden_size,
         head=head,
         unreached=tuple(unreached),
         positionwise=frozenset(i for i, name in enumerate(found) if seen[name] == POSITIONS),
-        transport=_transport(read or _parameters_of(model, plan), plan, list(found.values())),
+        transport=_transport(read or _parameters_of(model, plan), plan, [writers[0] for writers in found.values()]),
         sometimes=frozenset(plan.sometimes),
+        places=tuple(map(_place, found.values())),
     )
 
 
@@ -86,6 +87,12 @@ def _label(writer: Writer) -> str:
     """What the writer is called in messages: its module's on-disk name, or the norm's behind it."""
     step = next((step.tensor for step in writer.gain if step.tensor), None)
     return (step or writer.tensor).removesuffix(".weight").removesuffix(".bias")
+
+
+def _place(writers: Sequence[Writer]) -> Place:
+    """Of what is put out at one module: a bias goes with the weight beside it."""
+    first = next((writer for writer in writers if writer.kind != "bias"), writers[0])
+    return first.layer, first.kind
 
 
 def _choices(writer: Writer, plan: Plan) -> Iterator[str]:

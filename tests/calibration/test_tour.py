@@ -51,6 +51,20 @@ def test_every_writer_of_a_layer_is_reached(saved: Saved, family: str) -> None:
         assert sum(f".{i}." in name.removesuffix(".experts.0.w2") for name in stream.names) >= sublayers
 
 
+@pytest.mark.parametrize("family", [*pico.FAMILIES, *pico.OTHERS])
+def test_of_every_writer_the_layer_and_the_kind(saved: Saved, family: str) -> None:
+    """As the plan has them, weights and biases of one module together."""
+    folder = saved(family)
+    plan, stream = planned(folder), resident(folder).stream
+    assert len(stream.places) == len(stream.writers)
+    expected = {(w.layer, w.kind) for w in plan.writers if w.kind != "bias" and w.layer is not None}
+    assert {place for place in stream.places if place[1] != "bias" and place[0] is not None} == expected
+    # A bias that stands alone: of BERT's norms on the skip path.
+    assert family == "bert" or all(kind != "bias" for _, kind in stream.places)
+    for name, (layer, _) in zip(stream.names, stream.places, strict=True):
+        assert layer is None or f".{layer}." in name
+
+
 def test_experts_are_reached_where_they_come_together(saved: Saved) -> None:
     model = resident(saved("mixtral"))
     modules = {id(module): name for name, module in model.model.named_modules()}

@@ -1,0 +1,151 @@
+"""Losses of an edit by degrees, and which way they pull its strengths and directions."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from abliterate.calibration.backward import gradients_at
+from abliterate.calibration.dials import Dialled, Dials, Slopes
+from abliterate.calibration.lockstep import Call
+from abliterate.calibration.model import LanguageModel, Tokens
+from abliterate.calibration.spool import frugal
+from abliterate.direction.score import kl_divergence, refusal_score
+from abliterate.direction.scoring import Validation
+from abliterate.progress import SILENT, Advance, Progress
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Two losses, and their gradients: index 0 is that of refusals, 1 that of KL.
+
+    Attributes:
+        losses: mean softplus of the refusal score plus the margin on harmful prompts, mean KL(base || edited) at the
+            first token on harmless ones; in nats.
+        strengths: [2, layers, 2] fp64.
+        directions: [2, layers, hidden] fp64; None unless wanted.
+    """
+
+    losses: tuple[float, float]
+    strengths: Tensor
+    directions: Tensor | None
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an edit does to prompts; see `Point`."""
+
+    refusal: float
+    bypass: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model, prompts, and what the model says to the harmless ones as it is.
+
+    Attributes:
+        base: logits [harmless prompts, vocabulary] of the untouched model.
+    """
+
+    model: LanguageModel
+    data: Validation
+    base: Tensor
+
+    def pull(
+        self,
+        dials: Dials,
+        rows: tuple[Sequence[int], Sequence[int]],
+        margin: float,
+        directions: bool,
+        advance: Advance = lambda amount=1: None,
+    ) -> Pull:
+        """Losses and gradients on some of the prompts.
+
+        Args:
+            rows: numbers of harmful and of harmless prompts.
+            directions: also the gradients of directions.
+        """
+        calls, kinds = self._calls(rows, margin)
+        slopes = Slopes(Dialled(self.model.stream, dials), len(calls), directions)
+        everything = list(range(len(calls)))
+        losses = [0.0] * len(calls)
+        # Streamed weights are read once for all; in memory, the graph of one batch at a time is enough.
+        for numbers in [everything] if self.model.runner.streamed else [[number] for number in everything]:
+            found = self._gradients([calls[number] for number in numbers], slopes, numbers, advance)
+            for number, loss in zip(numbers, found, strict=True):
+                losses[number] = float(loss)
+        return Pull(
+            (_sum(losses, kinds, 0), _sum(losses, kinds, 1)),
+            _by_kind(slopes.strengths, kinds),
+            None if slopes.directions is None else _by_kind(slopes.directions, kinds),
+        )
+
+    def _gradients(
+        self, calls: Sequence[Call[Tensor]], slopes: Slopes, numbers: Sequence[int], advance: Advance
+    ) -> list[Tensor]:
+        """Losses of some calls, their gradients added to the slopes under the calls' numbers."""
+        model = self.model
+        with frugal() if model.runner.streamed else nullcontext():
+            return gradients_at(
+                model.runner.weights(model.stream.layers),
+                model.stream.writers,
+                calls,
+                lambda call, number, output, gradient: slopes.add(numbers[call], number, output, gradient),
+                advance,
+                model.runner.spool,
+                slopes.dialled.change,
+                again=model.runner.streamed,
+            )
+
+    def _calls(self, rows: tuple[Sequence[int], Sequence[int]], margin: float) -> tuple[list[Call[Tensor]], list[int]]:
+        """Batches of harmful prompts and of harmless ones; each gives its share of the mean loss."""
+        calls: list[Call[Tensor]] = []
+        kinds: list[int] = []
+        for kind, (prompts, chosen) in enumerate(zip((self.data.harmful, self.data.harmless), rows, strict=True)):
+            for places in self.model.batches([prompts[i] for i in chosen]):
+                numbers = [chosen[i] for i in places]
+                given = [prompts[i] for i in numbers]
+                loss = partial(self._divergence, numbers) if kind else partial(self._refusal, margin)
+                calls.append(partial(_share, loss, given, self.model, len(chosen)))
+                kinds.append(kind)
+        return calls, kinds
+
+    def _refusal(self, margin: float, logits: Tensor) -> Tensor:
+        return softplus(refusal_score(logits, self.data.refusal_tokens) + margin)
+
+    def _divergence(self, numbers: Sequence[int], logits: Tensor) -> Tensor:
+        return kl_divergence(self.base[list(numbers)].to(logits.device), logits)
+
+    def effect(self, dials: Dials, progress: Progress = SILENT) -> Effect:
+        """On all prompts."""
+        tokens, count = self.data.refusal_tokens, len(self.data.harmful)
+        prompts = [*self.data.harmful, *self.data.harmless]
+        scores, refused, divergences = [0.0] * count, [False] * count, [0.0] * (len(prompts) - count)
+        applied = Dialled(self.model.stream, dials).applied
+        for batch in self.model.forward(prompts, progress=progress, description="search: effect", inside=applied):
+            for row, last in zip(batch.rows, batch.logits, strict=True):
+                if row < count:
+                    scores[row] = float(refusal_score(last, tokens))
+                    refused[row] = scores[row] > 0 or int(last.argmax()) in tokens
+                else:
+                    divergences[row - count] = float(kl_divergence(self.base[row - count].to(last.device), last))
+        return Effect(sum(refused) / count, sum(scores) / count, sum(divergences) / len(divergences))
+
+
+def _share(loss: Callable[[Tensor], Tensor], prompts: Sequence[Tokens], model: LanguageModel, count: int) -> Tensor:
+    return loss(model.logits(prompts)).sum() / count
+
+
+def _by_kind(slopes: Tensor, kinds: Sequence[int]) -> Tensor:
+    """[2, ...]: those of all calls [calls, ...], summed up."""
+    of = torch.tensor(kinds)
+    return torch.stack([slopes[of == kind].sum(0) for kind in (0, 1)])
+
+
+def _sum(losses: Sequence[float], kinds: Sequence[int], kind: int) -> float:
+    return sum(loss for loss, of in zip(losses, kinds, strict=True) if of == kind)

@@ -1,0 +1,184 @@
+"""Strengths and directions of an edit by degrees, found along their gradients.
+
+One strength for the attention and one for the mlp writers of every layer, and a direction for each layer, are improved
+against mean softplus(refusal score + margin) on harmful prompts plus a weight times mean KL(base || edited) on
+harmless ones. Several weights in turn, each from where the one before it ended, give the whole front. Every few steps
+the edit is measured on validation prompts; only what was measured there can be picked.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from abliterate.calibration.dials import KINDS, Dials
+from abliterate.calibration.model import LanguageModel, Tokens
+from abliterate.direction.points import Point, SearchResult, SearchSettings, result_of
+from abliterate.direction.pulls import Pull, Trial
+from abliterate.direction.scoring import Validation
+from abliterate.errors import SelectionError
+from abliterate.evaluation.metrics import first_logits
+from abliterate.progress import SILENT, Progress
+from abliterate.stages import NO_STAGES, Once, Stages
+
+log = logging.getLogger(__name__)
+
+_FIRST, _SECOND, _LEAST = 0.8, 0.95, 1e-12
+"""Of Adam (Kingma & Ba 2015): shares of the old moments that stay, and what keeps their quotient finite."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Running means of a gradient and of its square."""
+
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a search has come to, with all that it goes on from.
+
+    Attributes:
+        step: steps so far. `weight`: of KL at the last of them.
+        strengths: [layers, 2] fp32. `directions`: [layers, hidden] fp32.
+        moments: of the gradients of strengths and of directions.
+        point: what was measured at the end of it.
+        passes: prompts through the model so far.
+    """
+
+    step: int
+    weight: float
+    strengths: Tensor
+    directions: Tensor
+    moments: tuple[Moments, Moments]
+    point: Point | None
+    passes: int
+
+
+def search(
+    model: LanguageModel,
+    directions: Tensor,
+    train: Validation,
+    validation: Validation,
+    settings: SearchSettings,
+    progress: Progress = SILENT,
+    stages: Stages = NO_STAGES,
+) -> SearchResult:
+    """Improves strengths and directions, and measures them on the way.
+
+    Args:
+        directions: [layers, hidden] to start from: what writers of each layer give up, at the end of the stream.
+        train: prompts that gradients are taken on; `validation`: those that points are measured on.
+        stages: keeps every measured point, so that a search that was interrupted goes on.
+
+    Raises:
+        SelectionError: the directions or all scores are not finite; or directions are to be improved where the skip
+            path has gains.
+    """
+    _check(model, directions, settings)
+    trials = Once(lambda: _untouched(model, train, progress)), Once(lambda: _untouched(model, validation, progress))
+    state = _start(directions, settings)
+    points: list[Point] = []
+    for weight, steps in _plan(settings):
+        name = f"search: steps {state.step + 1} to {state.step + steps}"
+        make = lambda state=state, weight=weight, steps=steps: _advance(  # noqa: E731
+            trials, state, weight, steps, settings, progress
+        )
+        state = stages.stage(name, State, make)
+        assert state.point is not None
+        points.append(state.point)
+        log.info("step %d: %.3f refused at KL %.4f", state.step, state.point.refusal, state.point.kl)
+    passes = state.passes + len(train.harmless) + len(validation.harmless)
+    return result_of(points, settings.most_refused, passes)
+
+
+def _check(model: LanguageModel, directions: Tensor, settings: SearchSettings) -> None:
+    if directions.shape != (len(model.stream.layers), model.stream.hidden_size):
+        raise ValueError(f"directions are {list(directions.shape)}, not one for each layer")
+    if not bool(directions.isfinite().all()) or not bool((directions.norm(dim=-1) > 0).all()):
+        raise SelectionError("a layer has no direction to start from (zero or not finite); try --dtype float32")
+    if settings.optimise_directions and model.stream.transport is not None:
+        raise SelectionError(
+            "the skip path of this model has gains, through which directions are not improved; set "
+            "search.optimise_directions to false in the recipe"
+        )
+
+
+def _untouched(model: LanguageModel, data: Validation, progress: Progress) -> Trial:
+    return Trial(model, data, first_logits(model, data.harmless, progress, "search: baseline"))
+
+
+def _start(directions: Tensor, settings: SearchSettings) -> State:
+    units = directions.float() / directions.float().norm(dim=-1, keepdim=True)
+    strengths = torch.full((len(units), len(KINDS)), settings.start)
+    zeros = tuple(Moments(torch.zeros_like(of).double(), torch.zeros_like(of).double()) for of in (strengths, units))
+    return State(0, settings.kl_weights[0], strengths, units, (zeros[0], zeros[1]), None, 0)
+
+
+def _plan(settings: SearchSettings) -> Iterator[tuple[float, int]]:
+    """Weights, and how many steps to take before the next point is measured."""
+    for number, weight in enumerate(settings.kl_weights):
+        left = settings.further_steps if number else settings.steps
+        while left > 0:
+            yield weight, min(left, settings.measure_every)
+            left -= settings.measure_every
+
+
+def _advance(
+    trials: tuple[Once[Trial], Once[Trial]],
+    state: State,
+    weight: float,
+    steps: int,
+    settings: SearchSettings,
+    progress: Progress,
+) -> State:
+    """Some steps, and a point."""
+    train, validation = trials[0](), trials[1]()
+    for _ in progress.track(range(steps), f"search: KL weight {weight:g}", steps, "step"):
+        rows = tuple(_rows(p, state.step, settings) for p in (train.data.harmful, train.data.harmless))
+        dials = Dials(state.strengths, state.directions)
+        pull = train.pull(dials, (rows[0], rows[1]), settings.margin, settings.optimise_directions)
+        log.debug("step %d: losses %s", state.step, pull.losses)
+        state = _moved(replace(state, weight=weight, passes=state.passes + 3 * sum(map(len, rows))), pull, settings)
+    effect = validation.effect(Dials(state.strengths, state.directions), progress)
+    point = Point(state.strengths, state.directions, effect.refusal, effect.bypass, effect.kl, state.step, state.weight)
+    return replace(state, point=point, passes=state.passes + len(validation.data.harmful) + len(validation.base))
+
+
+def _rows(prompts: Sequence[Tokens], step: int, settings: SearchSettings) -> list[int]:
+    """Numbers of the prompts of a step: in a random order, and round again."""
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    count = min(settings.prompts, len(order))
+    return [order[(step * count + i) % len(order)] for i in range(count)]
+
+
+def _moved(state: State, pull: Pull, settings: SearchSettings) -> State:
+    """One step down the slope: strengths within their bounds, directions along the sphere."""
+    step = state.step + 1
+    strengths, slope = state.strengths, pull.strengths[0] + state.weight * pull.strengths[1]
+    moments, move = _adam(state.moments[0], slope, slope.square(), step)
+    strengths = (strengths - settings.rate * move.float()).clamp(0, settings.max_strength)
+    if pull.directions is None:
+        return replace(state, step=step, strengths=strengths, moments=(moments, state.moments[1]))
+    slope = _tangent(pull.directions[0] + state.weight * pull.directions[1], state.directions)
+    turning, turn = _adam(state.moments[1], slope, slope.square().sum(-1, keepdim=True), step)
+    turned = state.directions.double() - settings.direction_rate * _tangent(turn, state.directions)
+    units = (turned / turned.norm(dim=-1, keepdim=True)).float()
+    return replace(state, step=step, strengths=strengths, directions=units, moments=(moments, turning))
+
+
+def _adam(moments: Moments, slope: Tensor, square: Tensor, step: int) -> tuple[Moments, Tensor]:
+    """Moments that took up a slope, and the step they stand for at a rate of 1."""
+    first = _FIRST * moments.first + (1 - _FIRST) * slope
+    second = _SECOND * moments.second + (1 - _SECOND) * square
+    move = first / (1 - _FIRST**step) / ((second / (1 - _SECOND**step)).sqrt() + _LEAST)
+    return Moments(first, second), move
+
+
+def _tangent(vectors: Tensor, units: Tensor) -> Tensor:
+    """Vectors [layers, hidden] less what they have along the unit vectors."""
+    r = units.double()
+    return vectors - (vectors * r).sum(-1, keepdim=True) * r
