@@ -37,6 +37,7 @@ from abliterate.proving import assemble, certify_stream, run_stream, stream_text
 from abliterate.publish.card import render_card
 from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_manifest
 from abliterate.publish.plot import plot_selection
+from abliterate.publish.searched import SEARCH_PLOT, search_plot
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.record import (
     EditRecord,
@@ -264,6 +265,8 @@ def publish_files(
     if manifest["selection"]:
         tokens = (manifest["calibration"] or {}).get("chat", {}).get("post_instruction_tokens")
         plot_selection(manifest["selection"], folder / "selection.png", tokens)
+    if manifest["search"]:
+        (folder / SEARCH_PLOT).write_bytes(search_plot(manifest["search"]))
     base_card = job.subject.folder / "README.md"
     text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else None
     (folder / "README.md").write_text(render_card(manifest, text, name), encoding="utf-8")

@@ -1,17 +1,19 @@
 """From a recipe and what was found in a model to what is removed from its weights."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.direction.means import Directions
+from abliterate.direction.points import Point, SearchSettings
 from abliterate.direction.selection import Candidate
 from abliterate.edit.cut import Cut, orthonormal
 from abliterate.errors import SelectionError
 from abliterate.progress import Progress
-from abliterate.recipe import CurveRecipe, EditRecipe
+from abliterate.recipe import CurveRecipe, EditRecipe, SearchRecipe
 
 
 def uniform(basis: Tensor, layers: int, recipe: EditRecipe) -> Cut:
@@ -30,6 +32,24 @@ def per_layer(directions: Directions, pick: Candidate, recipe: EditRecipe) -> Cu
     bases = torch.stack([directions.unit(pick.position, pick.layer), *own])[:, None]
     numbers = tuple(range(1, layers + 1))
     return Cut(bases, numbers, strengths_of(recipe, layers), _stem(recipe), recipe.norms == "kept")
+
+
+def found_by_search(start: Cut, point: Point) -> Cut:
+    """The strengths and directions of a point of a search. `start`: what it began with, see `per_layer`."""
+    own = point.directions / point.directions.norm(dim=-1, keepdim=True)
+    bases = torch.cat((start.bases[:1], own.float()[:, None]))
+    return replace(start, bases=bases, strengths=point.strengths.double())
+
+
+def search_settings(recipe: SearchRecipe) -> SearchSettings:
+    """How the recipe has strengths searched for."""
+    return SearchSettings(
+        steps=recipe.steps,
+        kl_weights=recipe.kl_weights,
+        max_strength=recipe.max_strength,
+        optimise_directions=recipe.directions,
+        most_refused=recipe.refusals,
+    )
 
 
 def candidates_span(directions: Directions, candidates: Sequence[Candidate], pick: Candidate, count: int) -> Tensor:

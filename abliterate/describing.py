@@ -1,5 +1,6 @@
 """A conversion in words and figures: its manifest, and what a user has to know before using the result."""
 
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -31,6 +32,7 @@ def describe(
         "recipe": job.recipe.as_dict(),
         "calibration": findings.calibration,
         "selection": selection_record(found.selection, thresholds) if found else None,
+        "search": dataclasses.asdict(found.search) if found and found.search else None,
         "direction": {
             "file": DIRECTION_FILE,
             "sha256": hashlib.sha256(findings.direction_file).hexdigest(),

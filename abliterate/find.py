@@ -17,7 +17,7 @@ from abliterate.direction.screening import Selection
 from abliterate.direction.sparing import apart
 from abliterate.edit.cut import Cut
 from abliterate.errors import CalibrationError
-from abliterate.picking import Picked, Picking
+from abliterate.picking import Picked, Picking, Search
 from abliterate.progress import Progress
 from abliterate.prompting import Prompts, chat_format, encode, load_calibration
 from abliterate.recipe import DirectionRecipe, Recipe, load_recipe
@@ -33,7 +33,7 @@ class FoundDirection:
 
     Attributes:
         direction: unit r [hidden] fp32.
-        cut: what the recipe removes, and where.
+        cut: what the recipe removes, and where. `search`: how its strengths were found; None where they were set.
         directions: the candidate grid it was picked from.
     """
 
@@ -44,6 +44,7 @@ class FoundDirection:
     refusal_tokens: RefusalTokens
     chat: ChatFormat
     prompts: Prompts
+    search: Search | None = None
 
     def file_bytes(self) -> bytes:
         """The direction file."""
@@ -106,7 +107,7 @@ def find_in(
     picked = stages.stage("selection", Picked, lambda: picking.pick(base(), grid()))
     if picked.selection.choice.relaxed:
         log.warning("selection relaxed: %s", picked.selection.choice.reason)
-    return FoundDirection(picked.unit, picked.cut, grid(), picked.selection, tokens, chat, prompts)
+    return FoundDirection(picked.unit, picked.cut, grid(), picked.selection, tokens, chat, prompts, picked.search)
 
 
 def mean_method(recipe: DirectionRecipe) -> MeanMethod:

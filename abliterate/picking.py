@@ -8,11 +8,12 @@ from torch import Tensor
 
 from abliterate.calibration.chat import ChatFormat
 from abliterate.calibration.model import LanguageModel
-from abliterate.cutting import candidates_span, pairs_span, per_layer, uniform
+from abliterate.cutting import candidates_span, found_by_search, pairs_span, per_layer, search_settings, uniform
 from abliterate.direction.means import Directions
 from abliterate.direction.refusal_tokens import RefusalTokens
 from abliterate.direction.scoring import ScoreSheet, Validation
 from abliterate.direction.screening import Selection, choose_direction
+from abliterate.direction.search import search
 from abliterate.direction.selection import Choice, Thresholds
 from abliterate.direction.sparing import Sets, choose_sparing
 from abliterate.edit.cut import Cut
@@ -25,12 +26,35 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One point of a search, without its strengths; see `Point`."""
+
+    refusal: float
+    bypass: float
+    kl: float
+    step: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search for strengths found; see `SearchResult`."""
+
+    points: tuple[Trial, ...]
+    front: tuple[int, ...]
+    pick: int
+    reason: str
+    passes: int
+
+
+@dataclass(frozen=True)
 class Picked:
     """What the selection gave: the direction is that at the end of the stream, which takes the model to tell."""
 
     selection: Selection
     unit: Tensor
     cut: Cut
+    search: Search | None = None
 
 
 def thresholds_of(recipe: SelectionRecipe) -> Thresholds:
@@ -56,8 +80,20 @@ class Picking:
         spares = self.recipe.direction.contrast == "false-refusal"
         selection = self._sparing(model, directions) if spares else self._refusing(model, directions)
         pick = selection.choice.pick
-        cut = self._cut(model, directions, selection.choice)
-        return Picked(selection, directions.unit(pick.position, pick.layer), cut)
+        cut, found = self._cut(model, directions, selection.choice), None
+        if self.recipe.edit.strengths == "search":
+            cut, found = self._searched(model, cut)
+        return Picked(selection, directions.unit(pick.position, pick.layer), cut, found)
+
+    def _searched(self, model: LanguageModel, start: Cut) -> tuple[Cut, Search]:
+        """Strengths for the layers' own directions, found by optimisation."""
+        settings = search_settings(self.recipe.search)
+        sets = self._validation("train"), self._validation("validation")
+        result = search(model, start.bases[1:, 0], *sets, settings, self.progress, self.stages)
+        trials = tuple(Trial(p.refusal, p.bypass, p.kl, p.step, p.weight) for p in result.points)
+        log.info("search: %s", result.reason)
+        found = Search(trials, result.front, result.pick, result.reason, result.passes)
+        return found_by_search(start, result.points[result.pick]), found
 
     def _refusing(self, model: LanguageModel, directions: Directions) -> Selection:
         rule, sheet = self.recipe.selection, ScoreSheet(model, directions, self._validation("validation"))

@@ -102,3 +102,21 @@ def test_norms_are_kept_and_were_not(base: Path, tmp_path: Path) -> None:
         convert(str(base), tmp_path / recipe, recipe=quick(tmp_path, recipe), evaluate=False)
         changes[recipe] = float((weights(tmp_path / recipe)[name].double().norm(dim=0) / lengths - 1).abs().max())
     assert changes["norm-preserving"] < 4e-3 < changes["projected"]
+
+
+def test_a_search_is_explained_and_what_it_found_is_in_the_weights(base: Path, tmp_path: Path) -> None:
+    recipe = quick(tmp_path, "search").replacing("search", steps=2, kl_weights=(5.0, 50.0))
+    made = convert(str(base), tmp_path / "out", recipe=recipe)
+    assert made.holds and made.certificate.sound and not made.certificate.holds
+    found = made.manifest["search"]
+    assert found["pick"] in found["front"] and {point["weight"] for point in found["points"]} == {5.0, 50.0}
+    strengths = made.manifest["edit"]["removes"]["strengths"]["layers"]
+    assert len({value for row in strengths for value in row}) > 2, "strengths are as they were before the search"
+    assert (tmp_path / "out" / "search.png").read_bytes().startswith(b"\x89PNG")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "**Strengths.** Found by gradients" in card and "![Refusals against KL" in card
+
+
+def test_a_search_that_was_not_asked_for_is_not_in_the_manifest(base: Path, tmp_path: Path) -> None:
+    made = convert(str(base), tmp_path / "out", recipe=quick(tmp_path, "per-layer"), evaluate=False)
+    assert made.manifest["search"] is None and not (tmp_path / "out" / "search.png").exists()

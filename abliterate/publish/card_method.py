@@ -7,6 +7,7 @@ from typing import Any
 from abliterate.publish.candidates import ranked, score_names, spares, verdict
 from abliterate.publish.figures import significant, visible
 from abliterate.publish.markdown import code, plain, table
+from abliterate.publish.searched import search_text
 
 Manifest = Mapping[str, Any]
 
@@ -32,6 +33,7 @@ def method_text(manifest: Manifest) -> dict[str, Any]:
         "prompts": _prompts(manifest["calibration"], manifest["recipe"]["direction"]["filter"]),
         "selection": _selection(selection),
         "candidates": _candidates(selection),
+        "search": search_text(manifest["search"]) if manifest.get("search") else "",
     }
 
 
