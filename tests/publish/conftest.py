@@ -192,6 +192,7 @@ def build_manifest() -> dict[str, Any]:
         "recipe": Recipe().replacing("edit", head="tied").as_dict(),
         "calibration": build_calibration(),
         "selection": build_selection(),
+        "search": None,
         "direction": {
             "file": "refusal_direction.safetensors",
             "sha256": _sha("r"),
