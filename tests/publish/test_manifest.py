@@ -40,6 +40,8 @@ def _objects(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | i
 
 def _optional(place: tuple[str | int, ...]) -> set[str]:
     """What older manifests do not have."""
+    if place == ():
+        return {"search"}
     if place == ("evaluation",):
         return {"differences"}
     if place[:1] != ("evaluation",):
