@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -68,7 +69,7 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
         # its own memory: safetensors refuses tensors that share theirs
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
         return name
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name), tensors) for field in dataclasses.fields(value)}
