@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from abliterate.evaluation.harness import Benchmark
-from abliterate.evaluation.statistics import Z
+from abliterate.evaluation.statistics import Rate, Z
 from abliterate.publish.figures import MISSING, percent, significant
 
 Figures = Mapping[str, Any]
@@ -89,7 +89,11 @@ def metric_rows(evaluations: Sequence[Figures]) -> list[tuple[Metric, str, list[
 
 
 def score_text(score: Benchmark) -> str:
-    """A benchmark's score with its interval: `0.312 [0.287, 0.337]`."""
+    """A benchmark's score with its interval: `0.312 [0.287, 0.337]`; Wilson's where it is a share of documents."""
+    hits = score.value * (score.samples or 0)
+    if score.samples and 0 <= score.value <= 1 and math.isclose(hits, round(hits), abs_tol=1e-6):
+        rate = Rate(round(hits), score.samples)
+        return f"{_nats(rate.value)} [{_nats(rate.low)}, {_nats(rate.high)}]"
     if score.stderr is None:
         return _nats(score.value)
     reach = Z * score.stderr

@@ -81,7 +81,7 @@ def compare_table(evaluations: Mapping[str, Record]) -> Table:
 
 def benchmark_table(scores: Mapping[str, Sequence[Benchmark]]) -> Table:
     """Scores of one or more models side by side, by the models' names, in the order of the last one's."""
-    table = simple_table(Text("scores of lm-evaluation-harness, 95 % intervals from its standard errors", "dim"))
+    table = simple_table(Text("scores of lm-evaluation-harness, 95 % intervals", "dim"))
     table.add_column("")
     for name in scores:
         table.add_column(Text(name), justify="right", overflow="fold")

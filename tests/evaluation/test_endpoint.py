@@ -104,6 +104,12 @@ def test_what_is_understood(server: Server, text: str | None, verdict: bool | No
     assert judge(server).refusals([Exchange("a", "b")]) == [verdict]
 
 
+def test_a_local_server_is_asked_past_any_proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert judge(server).refusals([Exchange("a", "b")]) == [False]
+
+
 def test_without_a_key_none_is_sent(server: Server) -> None:
     judge(server, key=None).check()
     assert "Authorization" not in server.seen[0][1]

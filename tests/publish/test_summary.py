@@ -13,6 +13,7 @@ from abliterate.architecture.writer import Plan, Role, Runtime, Step, TensorRole
 from abliterate.evaluation.harness import Benchmark
 from abliterate.evaluation.sets import Evaluation, Samples
 from abliterate.publish import summary
+from abliterate.publish.evidence import score_text
 from abliterate.publish.figures import percent, ranges, significant, sizes, visible
 from abliterate.publish.plan_view import plan_table
 from abliterate.publish.summary import closing_table, compare_table, selection_table, writers_table
@@ -230,10 +231,12 @@ def test_printing(manifest: Manifest, plan: Plan, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.split("\n")[0].split() == ["out"]
     summary.print_evaluation(_Report("same", evaluation, "same", evaluation))
     assert capsys.readouterr().out.split("\n")[0].split() == ["same", "(baseline)", "same"]
-    scores = (Benchmark("arc", "acc", 0.25, 0.05, 75), Benchmark("mmlu", "acc", 0.5, None, 9))
+    scores = (Benchmark("arc", "acc", 0.25, 0.05, 75), Benchmark("mmlu", "acc", 0.5, None, None))
     summary.print_evaluation(_Report("out", evaluation, "base", evaluation, scores, scores[:1]))
     told = capsys.readouterr().out.splitlines()
     assert next(line for line in told if "arc" in line).split() == ["arc,", "acc", *["0.250", "[0.152,", "0.348]"] * 2]
+    assert score_text(Benchmark("arc", "acc", 0.25, 0.16, 8)) == "0.250 [0.0715, 0.591]", "never above 1"
+    assert score_text(Benchmark("arc", "perplexity", 12.0, 1.0, 8)) == "12.000 [10.040, 13.960]"
     assert next(line for line in told if "mmlu" in line).split() == ["mmlu,", "acc", "–", "0.500"]
 
 

@@ -32,6 +32,21 @@ def test_refusals_go_and_answers_stay(converted: Converted) -> None:
     assert after["over_refusal_rate_substring"] <= before["over_refusal_rate_substring"]
 
 
+def test_figures_have_intervals_and_changes_are_paired(converted: Converted) -> None:
+    evaluation = converted.manifest["evaluation"]
+    for figures in (evaluation["base"], evaluation["edited"]):
+        assert figures["prompts_look_alike"] == 64 and figures["kl_tokens"] == 16
+        for name, (low, high) in figures["intervals"].items():
+            assert low <= figures[name] <= high, name
+    refusals = evaluation["differences"]["refusal_rate_substring"]
+    assert refusals["high"] < -0.6 < 0 and refusals["low"] >= -1
+    edited = evaluation["edited"]
+    assert edited["intervals"]["refusal_rate_substring"][1] < 0.15 and edited["degenerate_rate"] <= 0.1
+    assert 0 < edited["kl_answers"] < 1 and edited["top1_agreement_answers"] > 0.7
+    assert edited["cross_entropy_answers"] >= evaluation["base"]["cross_entropy_answers"] - 0.01
+    assert edited["look_alike_refusal_rate_substring"] < evaluation["base"]["look_alike_refusal_rate_substring"]
+
+
 def test_the_certificate_holds(converted: Converted) -> None:
     certificate = converted.manifest["certificate"]
     assert certificate["holds"]
