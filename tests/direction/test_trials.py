@@ -1,5 +1,6 @@
 """Curves of strengths, and the search by trials, with Optuna and without."""
 
+import math
 import sys
 from typing import Any
 
@@ -13,10 +14,10 @@ from abliterate.calibration.load import load_resident
 from abliterate.calibration.model import LanguageModel
 from abliterate.checkpoint.files import open_checkpoint
 from abliterate.codec import decode, encode
-from abliterate.direction.points import SearchResult, SearchSettings
+from abliterate.direction.points import Point, SearchResult, SearchSettings
 from abliterate.direction.scoring import Validation
 from abliterate.direction.search import search
-from abliterate.direction.trials import bounds, curve, strengths_of
+from abliterate.direction.trials import Tried, _suggested, bounds, curve, strengths_of
 from abliterate.errors import SelectionError
 from tests import pico
 from tests.resident import random_prompts
@@ -91,3 +92,19 @@ def test_interrupted_trials_go_on_the_same(model: LanguageModel) -> None:
     again = Stages()
     again.most = 99
     assert encode(run(model, stages=again)) == encode(run(model)) and len(kept) == 14
+
+
+def test_what_was_tried_is_learnt_from() -> None:
+    """High curves that cost much and low ones that cost nothing: of what is tried next, more are low."""
+    optuna = pytest.importorskip("optuna")
+    limits = {"height": (0.0, 1.5)}
+
+    def tried(height: float, refusal: float, kl: float) -> Tried:
+        point = Point(torch.zeros(1, 2), torch.ones(1, 1), refusal, 0.0, kl, 1, 0.0)
+        return Tried({"height": height}, point)
+
+    low = [tried(0.02 * i, 0.0, 0.0) for i in range(6)]
+    before = [*low, *(tried(1.0 + 0.02 * i, 1.0, math.nan) for i in range(20))]
+    found = [_suggested(optuna, before, limits, seed)["height"] for seed in range(20)]
+    unlearnt = [_suggested(optuna, [], limits, seed)["height"] for seed in range(20)]
+    assert sorted(found)[10] < 0.4 < sorted(unlearnt)[10]
