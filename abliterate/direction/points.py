@@ -33,9 +33,9 @@ class SearchSettings:
     """
 
     method: Method = "gradient"
-    steps: int = 12
-    further_steps: int = 4
-    kl_weights: tuple[float, ...] = (20.0, 60.0)
+    steps: int = 4
+    further_steps: int = 3
+    kl_weights: tuple[float, ...] = (5.0, 20.0, 60.0)
     max_strength: float = 1.5
     start: float = 0.2
     margin: float = 2.0

@@ -18,6 +18,7 @@ from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.direction.points import Point, SearchResult, SearchSettings, result_of
 from abliterate.direction.pulls import Pull, Trial
 from abliterate.direction.scoring import Validation
+from abliterate.direction.trials import try_curves
 from abliterate.errors import SelectionError
 from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT, Progress
@@ -75,24 +76,39 @@ def search(
         stages: keeps every measured point, so that a search that was interrupted goes on.
 
     Raises:
-        SelectionError: the directions or all scores are not finite; or directions are to be improved where the skip
-            path has gains.
+        SelectionError: the directions or all scores are not finite; Optuna is not installed; or directions are to be
+            improved where the skip path has gains.
     """
     _check(model, directions, settings)
-    trials = Once(lambda: _untouched(model, train, progress)), Once(lambda: _untouched(model, validation, progress))
-    state = _start(directions, settings)
-    points: list[Point] = []
+    untouched = Once(lambda: _untouched(model, train, progress)), Once(lambda: _untouched(model, validation, progress))
+    prompts = len(validation.harmful) + len(validation.harmless)
+    if settings.method == "optuna":
+        units = _start(directions, settings).directions
+        points = try_curves(untouched[1], units, settings, progress, stages)
+        return result_of(points, settings.most_refused, len(points) * prompts + len(validation.harmless))
+    states = _descend(untouched, _start(directions, settings), settings, progress, stages)
+    points = [state.point for state in states if state.point is not None]
+    passes = (states[-1].passes if states else 0) + len(train.harmless) + len(validation.harmless)
+    return result_of(points, settings.most_refused, passes)
+
+
+def _descend(
+    untouched: tuple[Once[Trial], Once[Trial]],
+    state: State,
+    settings: SearchSettings,
+    progress: Progress,
+    stages: Stages,
+) -> list[State]:
+    """Every state at which a point was measured."""
+    states: list[State] = []
     for weight, steps in _plan(settings):
         name = f"search: steps {state.step + 1} to {state.step + steps}"
         make = lambda state=state, weight=weight, steps=steps: _advance(  # noqa: E731
-            trials, state, weight, steps, settings, progress
+            untouched, state, weight, steps, settings, progress
         )
         state = stages.stage(name, State, make)
-        assert state.point is not None
-        points.append(state.point)
-        log.info("step %d: %.3f refused at KL %.4f", state.step, state.point.refusal, state.point.kl)
-    passes = state.passes + len(train.harmless) + len(validation.harmless)
-    return result_of(points, settings.most_refused, passes)
+        states.append(state)
+    return states
 
 
 def _check(model: LanguageModel, directions: Tensor, settings: SearchSettings) -> None:
@@ -100,7 +116,7 @@ def _check(model: LanguageModel, directions: Tensor, settings: SearchSettings) -
         raise ValueError(f"directions are {list(directions.shape)}, not one for each layer")
     if not bool(directions.isfinite().all()) or not bool((directions.norm(dim=-1) > 0).all()):
         raise SelectionError("a layer has no direction to start from (zero or not finite); try --dtype float32")
-    if settings.optimise_directions and model.stream.transport is not None:
+    if settings.method == "gradient" and settings.optimise_directions and model.stream.transport is not None:
         raise SelectionError(
             "the skip path of this model has gains, through which directions are not improved; set "
             "search.optimise_directions to false in the recipe"
@@ -128,7 +144,7 @@ def _plan(settings: SearchSettings) -> Iterator[tuple[float, int]]:
 
 
 def _advance(
-    trials: tuple[Once[Trial], Once[Trial]],
+    untouched: tuple[Once[Trial], Once[Trial]],
     state: State,
     weight: float,
     steps: int,
@@ -136,7 +152,7 @@ def _advance(
     progress: Progress,
 ) -> State:
     """Some steps, and a point."""
-    train, validation = trials[0](), trials[1]()
+    train, validation = untouched[0](), untouched[1]()
     for _ in progress.track(range(steps), f"search: KL weight {weight:g}", steps, "step"):
         rows = tuple(_rows(p, state.step, settings) for p in (train.data.harmful, train.data.harmless))
         dials = Dials(state.strengths, state.directions)
@@ -144,6 +160,7 @@ def _advance(
         log.debug("step %d: losses %s", state.step, pull.losses)
         state = _moved(replace(state, weight=weight, passes=state.passes + 3 * sum(map(len, rows))), pull, settings)
     effect = validation.effect(Dials(state.strengths, state.directions), progress)
+    log.info("step %d: %.3f refused at KL %.4f", state.step, effect.refusal, effect.kl)
     point = Point(state.strengths, state.directions, effect.refusal, effect.bypass, effect.kl, state.step, state.weight)
     return replace(state, point=point, passes=state.passes + len(validation.data.harmful) + len(validation.base))
 
