@@ -4,14 +4,13 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -20,8 +19,7 @@ from abliterate.architecture.conversion import Filler
 from abliterate.architecture.writer import layer_of
 from abliterate.calibration.spool import give_back, mapped
 from abliterate.checkpoint.files import Checkpoint
-from abliterate.checkpoint.header import Header
-from abliterate.checkpoint.read import iter_blocks, open_shard
+from abliterate.checkpoint.read import StoredTensor, iter_blocks
 from abliterate.errors import AbliterateError, CheckpointError, first_line
 
 log = logging.getLogger(__name__)
@@ -136,17 +134,16 @@ class LayerStore:
         self.layers[index].requires_grad_(False)
 
     def _fill(self, names: Sequence[str]) -> None:
-        with ExitStack() as stack, torch.inference_mode(False), quiet():
-            shards = {shard.path: shard for shard in map(self._checkpoint.shard_of, names)}
-            opened = {path: stack.enter_context(_opened(shard)) for path, shard in shards.items()}
-            slices = {name: opened[self._checkpoint.shard_of(name).path].get_slice(name) for name in names}
+        checkpoint = self._checkpoint
+        stored = {name: StoredTensor(checkpoint.shard_of(name), checkpoint.tensors[name]) for name in names}
+        with torch.inference_mode(False), quiet():
             try:
-                self._filler.fill(slices, self._device)
+                self._filler.fill(stored, self._device)
             except (AbliterateError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # transformers' conversion raises errors of every kind
-                raise CheckpointError(f"{self._checkpoint.folder} cannot be streamed: {first_line(error)}") from error
-        self.bytes_read += sum(self._checkpoint.tensors[name].nbytes for name in names)
+                raise CheckpointError(f"{checkpoint.folder} cannot be streamed: {first_line(error)}") from error
+        self.bytes_read += sum(checkpoint.tensors[name].nbytes for name in names)
 
     def _announce(self, names: Sequence[str]) -> None:
         """Has the system read what comes next while this layer computes; it goes into no memory of ours."""
@@ -232,17 +229,6 @@ def grouped(
         filled = [p for name in names[layer] for p in places[name].parameters]
         groups.append(Group(tuple(names[layer]), tuple(_slot(model, p) for p in dict.fromkeys(filled))))
     return tuple(groups), tuple(beside)
-
-
-@contextmanager
-def _opened(shard: Header) -> Iterator[Any]:
-    with open_shard(shard):  # is it the file whose header was read?
-        try:
-            opened = safe_open(shard.path, framework="pt")
-        except Exception as error:  # the library's own errors are plain ones
-            raise CheckpointError(f"{shard.path} cannot be read: {first_line(error)}") from error
-        with opened as tensors:
-            yield tensors
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

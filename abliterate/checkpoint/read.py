@@ -1,8 +1,10 @@
 """Tensors from disk in blocks of rows, with plain reads: memory is one block, whatever the tensor's size."""
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,36 @@ def read_tensor(header: Header, info: TensorInfo) -> Tensor:
     """
     with open_shard(header) as fd:
         return _read(fd, header, info, 0, info.nbytes).reshape(info.shape)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a shard that is on disk until `stored[...]` asks for it, as safetensors' own slices are.
+
+    Those map the whole shard as memory that may be written, which no limit smaller than the shard allows.
+    """
+
+    header: Header
+    info: TensorInfo
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The tensor, its bytes mapped from the file where they lie as its dtype needs; writing changes no file.
+
+        Raises:
+            CheckpointError: the shard cannot be read, or is not the file whose header was read.
+        """
+        begin = self.header.data_start + self.info.start
+        inside = begin % mmap.ALLOCATIONGRANULARITY
+        dtype = DTYPES[self.info.dtype]
+        if self.info.nbytes == 0 or inside % dtype.itemsize:
+            return read_tensor(self.header, self.info)[index]
+        with open_shard(self.header) as fd:
+            try:
+                room = mmap.mmap(fd, self.info.nbytes + inside, access=mmap.ACCESS_COPY, offset=begin - inside)
+            except OSError as error:
+                raise CheckpointError(f"{self.header.path} cannot be read: {error.strerror}") from error
+        values = torch.frombuffer(room, dtype=dtype, offset=inside, count=self.info.nbytes // dtype.itemsize)
+        return values.reshape(self.info.shape)[index]
 
 
 def blocks_of(

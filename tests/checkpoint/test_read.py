@@ -8,7 +8,7 @@ import torch
 from picocheckpoint import tensors, write
 
 from abliterate.checkpoint.files import open_checkpoint
-from abliterate.checkpoint.read import iter_blocks, read_tensor
+from abliterate.checkpoint.read import StoredTensor, bytes_of, iter_blocks, read_tensor
 from abliterate.errors import CheckpointError
 
 
@@ -67,3 +67,16 @@ def test_a_file_that_became_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(header.path)
     with pytest.raises(CheckpointError, match=r"model\.safetensors changed"):
         read_tensor(header, header.tensors["model.scale"])
+
+
+@pytest.mark.parametrize("name", tensors())
+def test_a_stored_tensor_is_read_when_asked_for_and_no_file_changes_with_it(tmp_path: Path, name: str) -> None:
+    checkpoint = open_checkpoint(write(tmp_path / "m"))
+    shard, info = checkpoint.shard_of(name), checkpoint.tensors[name]
+    before = shard.path.read_bytes()
+    found = StoredTensor(shard, info)[...]
+    expected = read_tensor(shard, info)
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    assert bytes_of(found) == bytes_of(expected)
+    found.reshape(-1).view(torch.uint8).fill_(7)
+    assert shard.path.read_bytes() == before

@@ -18,7 +18,7 @@ name: fewer prompts
 calibration: {{train: {}, validation: {}, test: 1}}
 direction: {{positions: {}}}
 """
-LIMIT = 860 << 20
+LIMIT = 800 << 20
 """Of memory: less than the subject and the libraries need together."""
 LARGEST_LAYER = 3_540_096 * 4
 """Parameters of a decoder layer, in float32."""
