@@ -44,10 +44,13 @@ def found_by_search(start: Cut, point: Point) -> Cut:
 def search_settings(recipe: SearchRecipe) -> SearchSettings:
     """How the recipe has strengths searched for."""
     return SearchSettings(
+        method=recipe.method,
         steps=recipe.steps,
+        further_steps=recipe.further_steps,
         kl_weights=recipe.kl_weights,
         max_strength=recipe.max_strength,
         optimise_directions=recipe.directions,
+        trials=recipe.trials,
         most_refused=recipe.refusals,
     )
 
