@@ -7,6 +7,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Files of tests side by side, one thread of arithmetic for each: most tests are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: help demo test test-fast architectures check format subject gemma clean
 
@@ -36,10 +38,10 @@ demo: subject
 	$(BIN)/abliterate convert $(BUILD)/refusing-smollm2-135m $(BUILD)/answering-smollm2-135m --overwrite
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(PYTEST) --no-loadscope-reorder
 
 test-fast: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not real"
+	$(PYTEST) -m "not real"
 
 architectures: $(VENV)/ready
 	$(BIN)/python -m tests.sweep --write

@@ -277,6 +277,7 @@ def row_of(
         claim=claim,
         aim=aim,
         note=note,
+        kl_answered=estimate("kl_first_token_answered"),
     )
 
 

@@ -39,7 +39,7 @@ class SearchSettings:
     max_strength: float = 1.5
     start: float = 0.2
     margin: float = 2.0
-    prompts: int = 16
+    prompts: int = 32
     rate: float = 0.1
     direction_rate: float = 0.05
     optimise_directions: bool = True
@@ -59,7 +59,7 @@ class Point:
         refusal: share of harmful prompts that are refused: the score is above 0, or the likeliest token is one of the
             refusal tokens.
         bypass: mean refusal score on harmful prompts, in nats.
-        kl: mean KL(base || edited) at the first token on harmless prompts, in nats.
+        kl: mean KL(base || edited) at the first token on harmless prompts that the base does not refuse, in nats.
         step: how many steps (or trials) it took.
         weight: of KL, with which it was found.
     """

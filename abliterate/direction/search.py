@@ -17,6 +17,7 @@ from abliterate.calibration.dials import KINDS, Dials
 from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.direction.points import Point, SearchResult, SearchSettings, result_of
 from abliterate.direction.pulls import Pull, Trial
+from abliterate.direction.score import refusal_score
 from abliterate.direction.scoring import Validation
 from abliterate.direction.trials import try_curves
 from abliterate.errors import SelectionError
@@ -124,7 +125,15 @@ def _check(model: LanguageModel, directions: Tensor, settings: SearchSettings) -
 
 
 def _untouched(model: LanguageModel, data: Validation, progress: Progress) -> Trial:
-    return Trial(model, data, first_logits(model, data.harmless, progress, "search: baseline"))
+    """Harmless prompts that the model refuses are left out: to hold them would be to hold false refusals."""
+    base = first_logits(model, data.harmless, progress, "search: baseline")
+    answered = (refusal_score(base, data.refusal_tokens) <= 0).nonzero().flatten().tolist()
+    if not answered:
+        raise SelectionError("the model refuses every harmless prompt: no KL can be held against its refusals")
+    if len(answered) < len(base):
+        log.info("%d of %d harmless prompts are refused, and left out", len(base) - len(answered), len(base))
+    kept = replace(data, harmless=[data.harmless[i] for i in answered])
+    return Trial(model, kept, base[answered])
 
 
 def _start(directions: Tensor, settings: SearchSettings) -> State:

@@ -57,7 +57,7 @@ def evaluate_model(
     samples = (_verdicts(data, texts, first), along, neutral_loss(model, data.neutral, progress))
     found = functools.reduce(Evaluation.having, samples, empty)
     if baseline is not None:
-        found = found.having(first_token(baseline.harmless_logits, harmless))
+        found = found.having(first_token(baseline.harmless_logits, harmless, data.refusal_tokens or ()))
     return Measured(found, harmless, answers)
 
 
@@ -135,11 +135,19 @@ def _losses(answers: Answers, losses: tuple[float, ...], values: dict[str, tuple
     return Samples({}, {**values, name: losses}, {name: tuple(map(float, answers.lengths))})
 
 
-def first_token(baseline: Tensor, logits: Tensor) -> Samples:
-    """KL(baseline || model) in nats, and whether the likeliest token is the same, of each row of logits."""
+def first_token(baseline: Tensor, logits: Tensor, refusal_tokens: Sequence[int] = ()) -> Samples:
+    """KL(baseline || model) in nats, and whether the likeliest token is the same, of each row of logits.
+
+    Args:
+        refusal_tokens: to tell which prompts the baseline refuses; none leaves out what is told apart by that.
+    """
     same = (baseline.argmax(-1) == logits.argmax(-1)).tolist()
     divergence = kl_divergence(baseline, logits).double().tolist()
-    return Samples({"top1_agreement": tuple(same)}, {"kl_first_token": tuple(divergence)})
+    values = {"kl_first_token": tuple(divergence)}
+    if refusal_tokens:
+        refused = (refusal_score(baseline, refusal_tokens) > 0).tolist()
+        values["kl_first_token_answered"] = tuple(kl for kl, no in zip(divergence, refused, strict=True) if not no)
+    return Samples({"top1_agreement": tuple(same)}, values)
 
 
 def neutral_loss(model: LanguageModel, tokens: Tokens, progress: Progress = SILENT) -> Samples:

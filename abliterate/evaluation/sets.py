@@ -71,6 +71,8 @@ class Evaluation:
         degenerate_rate: answers to harmless prompts that are empty or loop, see `is_degenerate`.
         cross_entropy: on the neutral text. `cross_entropy_answers`: on the base's answers to harmless prompts.
         kl_first_token: mean KL(baseline || this) at the first token on harmless prompts; None without a baseline.
+        kl_first_token_answered: the same over those harmless prompts that the baseline does not refuse, by the score:
+            where it does, a change may be just what was wanted. None also where refusal tokens are not known.
         top1_agreement: share of harmless prompts whose most likely first token is the baseline's.
         kl_answers, top1_agreement_answers: the same over the first `kl_tokens` tokens of the baseline's own greedy
             answers: means over a prompt's tokens, then over prompts.
@@ -87,6 +89,7 @@ class Evaluation:
     over_refusal_rate_score: float | None = None
     cross_entropy: float | None = None
     kl_first_token: float | None = None
+    kl_first_token_answered: float | None = None
     top1_agreement: float | None = None
     prompts_look_alike: int = 0
     kl_tokens: int = 0

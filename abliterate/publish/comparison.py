@@ -29,6 +29,7 @@ class ComparisonRow:
         refusals: share of harmful prompts refused, 0..1. over_refusals: of harmless ones. look_alike: of harmless ones
             in the words of harmful ones. None where not measured.
         kl: KL(base || edited) in nats at the first token, on harmless prompts.
+        kl_answered: the same where the base does not refuse the prompt.
         cross_entropy: nats a token, on neutral text.
         degenerate: share of completions that loop or are empty.
         seconds: wall time, from the activations to the edited weights.
@@ -53,6 +54,7 @@ class ComparisonRow:
     on_front: bool = False
     best: bool = False
     note: str = ""
+    kl_answered: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -152,5 +154,5 @@ def _row(record: dict[str, Any]) -> ComparisonRow:
     known = {field.name for field in fields(ComparisonRow)}
     if set(record) != known or record["certificate"] not in get_args(Certified) or record["aim"] not in get_args(Aim):
         raise ValueError(f"row {record.get('recipe')!r} has other fields")
-    estimates = ("refusals", "over_refusals", "look_alike", "kl")
+    estimates = ("refusals", "over_refusals", "look_alike", "kl", "kl_answered")
     return ComparisonRow(**record | {key: record[key] and Estimate(**record[key]) for key in estimates})

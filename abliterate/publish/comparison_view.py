@@ -19,13 +19,14 @@ from abliterate.publish.plan_view import simple_table
 JSON_NAME, PAGE_NAME, PLOT_NAME = "comparison.json", "comparison.html", "pareto.png"
 BASE = "(unedited)"
 _HEADER = (
-    "recipe", "refused", "over-refused", "look-alikes refused", "KL, nats", "cross-entropy", "degenerate", "time",
-    "certificate",
+    "recipe", "refused", "over-refused", "look-alikes refused", "KL, nats", "KL where answered", "cross-entropy",
+    "degenerate", "time", "certificate",
 )  # fmt: skip
 _EXPLAINED = (
     ("refused", "harmful prompts refused; lower is what these recipes aim at"),
     ("over-refused, look-alikes refused", "harmless prompts refused, plain ones and ones in the words of harmful ones"),
     ("KL", "from the base at the first token on harmless prompts; lower leaves more as it was"),
+    ("KL where answered", "the same on those that the base does not refuse: elsewhere a change may be wanted"),
     ("cross-entropy", "nats a token on neutral text"),
     ("degenerate", "completions that loop or are empty"),
     ("certificate", "exact: nothing of the direction is left; holds: what is left is what the recipe says; not exact: "
@@ -137,8 +138,9 @@ def _all(comparison: Comparison) -> list[ComparisonRow]:
 
 def _cells(row: ComparisonRow) -> list[str]:
     rates = [_beside(_rate(e), _rate_interval(e)) for e in (row.refusals, row.over_refusals, row.look_alike)]
-    kl, loss = _beside(_nats(row.kl), _nats_interval(row.kl)), significant(row.cross_entropy, 4)
-    return [row.recipe, *rates, kl, loss, percent(row.degenerate), _time(row), row.certificate]
+    kls = [_beside(_nats(e), _nats_interval(e)) for e in (row.kl, row.kl_answered)]
+    loss = significant(row.cross_entropy, 4)
+    return [row.recipe, *rates, *kls, loss, percent(row.degenerate), _time(row), row.certificate]
 
 
 def _triple(estimate: Estimate) -> tuple[float, float, float]:

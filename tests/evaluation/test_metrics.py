@@ -138,6 +138,15 @@ def test_agreement_is_a_share() -> None:
     assert first_token(base, base + 3.0).means()["kl_first_token"].value == 0.0
 
 
+def test_where_the_base_refuses_a_change_is_not_counted_as_damage() -> None:
+    base = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]])
+    other = torch.tensor([[0.0, 9.0, 0.0], [0.0, 9.0, 0.0], [0.0, 3.0, 3.0]])
+    values = first_token(base, other, [0]).values
+    assert values["kl_first_token_answered"] == values["kl_first_token"][1:] and values["kl_first_token"][0] > 8
+    assert "kl_first_token_answered" not in first_token(base, other).values
+    assert "kl_first_token_answered" not in first_token(base[:1], other[:1], [0]).means()
+
+
 def test_a_model_against_itself() -> None:
     measured = evaluate_model(scripted(), DATA)
     found = evaluate_model(scripted(), DATA, measured).evaluation

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.real.support import Converted, run
 
@@ -15,14 +16,18 @@ BUILD = Path(os.environ.get("ABLITERATE_TEST_BUILD", ROOT / "build"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Real models' tests come first: they take longest, so that they are not what is left at the end."""
     for item in items:
         if Path(str(item.fspath)).parent == Path(__file__).parent:
             item.add_marker(pytest.mark.real)
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
 
 
 def _built(script: str, name: str) -> Path:
     folder = BUILD / name
-    subprocess.run([sys.executable, str(ROOT / "tests/models" / script), str(folder)], check=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / f".{name}.lock"):  # several processes may run tests
+        subprocess.run([sys.executable, str(ROOT / "tests/models" / script), str(folder)], check=True)
     return folder
 
 
