@@ -21,7 +21,7 @@ from abliterate.errors import CalibrationError, RecipeError, SelectionError
 from abliterate.evaluation.sets import Evaluation
 from abliterate.identity import identity_of
 from abliterate.job import BaseFindings, Job, unties
-from abliterate.publish.comparison import Aim, Certified, Comparison, ComparisonRow, Estimate, mark_front
+from abliterate.publish.comparison import Aim, Certified, Comparison, ComparisonRow, Estimate, mark_front, row_from
 from abliterate.publish.comparison_view import BASE, comparison_files
 from abliterate.recipe import Recipe, load_recipe, recipe_word
 from abliterate.resume import working
@@ -227,9 +227,7 @@ class _Comparing:
         if isinstance(found, str):
             return row_of(name, None, shared.seconds[name], "not exact", "", _aim(job.recipe), f"not made: {found}")
         make = lambda: self._measured(job, found, shared)  # noqa: E731
-        record = self.stages.stage(f"row of {name}", dict[str, Any], make)
-        estimates = ("refusals", "over_refusals", "look_alike", "kl")
-        return ComparisonRow(**record | {key: record[key] and Estimate(**record[key]) for key in estimates})
+        return row_from(self.stages.stage(f"row of {name}", dict[str, Any], make))
 
     def _measured(self, job: Job, found: BaseFindings, shared: _Shared) -> dict[str, Any]:
         """Writes the edited weights, measures them, and removes them."""

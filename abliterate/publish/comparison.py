@@ -141,8 +141,8 @@ def from_record(record: dict[str, Any]) -> Comparison:
         base = record["base"]
         return Comparison(
             record["model"],
-            tuple(_row(row) for row in record["rows"]),
-            _row(base) if base is not None else None,
+            tuple(row_from(row) for row in record["rows"]),
+            row_from(base) if base is not None else None,
             tuple((str(name), str(text)) for name, text in record["facts"]),
             record["reproduce"],
         )
@@ -150,7 +150,12 @@ def from_record(record: dict[str, Any]) -> Comparison:
         raise ValueError(f"not a comparison: {error}") from error
 
 
-def _row(record: dict[str, Any]) -> ComparisonRow:
+def row_from(record: dict[str, Any]) -> ComparisonRow:
+    """The row that a record was made from.
+
+    Raises:
+        ValueError: it is not one.
+    """
     known = {field.name for field in fields(ComparisonRow)}
     if set(record) != known or record["certificate"] not in get_args(Certified) or record["aim"] not in get_args(Aim):
         raise ValueError(f"row {record.get('recipe')!r} has other fields")
