@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from abliterate.cutting import candidates_span, strength_at, strengths_of, uniform
+from abliterate import cutting
+from abliterate.cutting import candidates_span, found_by_search, per_layer, strength_at, strengths_of, uniform
 from abliterate.direction.means import Directions, Mean, difference, geometric_median, winsorized
+from abliterate.direction.points import Point
 from abliterate.direction.selection import Candidate, Thresholds
 from abliterate.direction.sparing import Spared, _choose, apart
 from abliterate.errors import SelectionError
+from abliterate.progress import SILENT
 from abliterate.recipe import CurveRecipe, EditRecipe
 
 SEEDS = st.integers(0, 10_000)
@@ -139,6 +142,7 @@ def test_a_span_starts_with_the_pick_and_goes_on_with_the_lowest_bypass() -> Non
         Candidate(-2, 2, -99.0, 1.0, 0.1, 4, "layer"),
         Candidate(-2, 0, float("nan"), 1.0, 0.1, 4, "nan"),
     ]
+    assert torch.allclose(candidates_span(directions, candidates[:2], candidates[1], 1)[0], directions.unit(-1, 1))
     basis = candidates_span(directions, candidates, candidates[1], 3)
     assert torch.allclose(basis @ basis.T, torch.eye(3), atol=1e-5)
     units = [directions.unit(*key) for key in ((-1, 1), (-1, 0), (-2, 1))]
@@ -147,3 +151,45 @@ def test_a_span_starts_with_the_pick_and_goes_on_with_the_lowest_bypass() -> Non
         assert float((unit - basis.T @ (basis @ unit)).norm()) < 1e-5
     with pytest.raises(SelectionError, match="the candidates span 3 directions, not 4"):
         candidates_span(directions, candidates, candidates[1], 4)
+
+
+def test_of_the_measured_candidates_the_lowest_bypass_comes_next() -> None:
+    directions = Directions(normal(3, 2, 3, 16).float(), mean(1), mean(2))
+    places = {(-1, 1): -3.0, (-1, 0): -1.0, (-2, 1): -5.0}
+    candidates = [Candidate(*place, bypass, 1.0, 0.1, 4, "passed") for place, bypass in places.items()]
+    basis = candidates_span(directions, candidates, candidates[0], 2)
+    unit = directions.unit(-2, 1)
+    assert float((unit - basis.T @ (basis @ unit)).norm()) < 1e-5
+
+
+def test_layers_lose_what_the_next_layer_reads() -> None:
+    directions = Directions(normal(4, 2, 3, 16).float(), mean(1), mean(2))
+    cut = per_layer(directions, Candidate(-2, 0), EditRecipe(directions="per-layer"))
+    wanted = [directions.unit(-2, layer) for layer in (0, 1, 2, 2)]
+    assert cut.layers == (1, 2, 3) and torch.equal(cut.bases[:, 0], torch.stack(wanted))
+
+
+def test_what_a_search_found_takes_the_place_of_what_it_started_with() -> None:
+    directions = Directions(normal(4, 2, 3, 16).float(), mean(1), mean(2))
+    start = per_layer(directions, Candidate(-2, 0), EditRecipe(directions="per-layer", embeddings="kept"))
+    point = Point(normal(5, 3, 2).float(), 3 * normal(6, 3, 16).float(), 0.0, 0.0, 0.1, 4, 20.0)
+    cut = found_by_search(start, point)
+    assert torch.equal(cut.strengths, point.strengths.double()) and (cut.stem, cut.layers) == (0.0, start.layers)
+    assert torch.equal(cut.bases[0], start.bases[0])
+    units = point.directions / point.directions.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(cut.bases[1:, 0], units)
+
+
+def test_pairs_span_what_harmful_prompts_have_beyond_their_harmless_partners(monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = torch.eye(16, dtype=torch.float64)
+    harmless = normal(1, 9, 1) * 100 * axes[3] + normal(2, 9, 1) * 50 * axes[4]
+    harmful = harmless + normal(3, 9, 1) * 5 * axes[6] + normal(4, 9, 1) * axes[7]
+    texts = {"harmful": harmful, "harmless": harmless}
+    monkeypatch.setattr(cutting, "hidden_at", lambda model, prompts, pick, progress: texts[prompts])
+    directions = Directions(axes[None, :1].expand(1, 3, 16).float(), mean(1), mean(2))
+    model: Any = None
+    prompts: Any = ("harmful", "harmless")
+    basis = cutting.pairs_span(model, directions, Candidate(-1, 0), prompts, 3, SILENT)
+    plane = axes[[0, 6, 7]].float()
+    assert torch.allclose(basis[0], plane[0])
+    assert float((plane - plane @ basis.T @ basis).norm()) < 1e-3

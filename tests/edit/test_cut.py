@@ -79,6 +79,7 @@ def test_every_writer_loses_its_own_share_of_its_own_direction(tmp_path: Path, d
 
 def test_a_bias_goes_with_its_matrix_and_layers_beyond_the_last_with_that() -> None:
     cut, parts = own(), {w.tensor: part_of(w, WRITERS) for w in WRITERS}
+    assert part_of(Writer("layers.0.mixer.out.weight", "mixer", 0, 0), WRITERS) == "attention"
     assert parts["layers.1.o.bias"] == "attention" and parts["layers.1.down.weight"] == "mlp"
     assert cut.removal(WRITERS[-1], "mlp") == cut.removal(Writer("x", "mlp", 0, 2), "mlp")
     assert cut.removal(WRITERS[0], "mlp").strength == 0.0
@@ -157,6 +158,7 @@ def test_a_file_of_one_direction_takes_the_strength_that_is_given(tmp_path: Path
         ({"layers": (0, 1, 9)}, "do not fit one another"),
         ({"strengths": torch.full((LAYERS, 2), torch.nan)}, "not finite"),
         ({"bases": torch.ones(4, 2, HIDDEN)}, "not orthonormal"),
+        ({"bases": 1.0001 * torch.eye(2, HIDDEN).expand(4, 2, HIDDEN)}, "not orthonormal"),
     ],
 )
 def test_what_does_not_fit(change: dict[str, object], message: str) -> None:
