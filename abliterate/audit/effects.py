@@ -1,6 +1,5 @@
 """What an ablation does on validation prompts: refusals by score with an interval, and how far it moves the model."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +9,8 @@ from abliterate.calibration.hooks import Steer
 from abliterate.calibration.model import LanguageModel
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.scoring import Validation
+from abliterate.evaluation import statistics
 from abliterate.progress import SILENT, Progress
-
-_NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,9 @@ class Rate:
 
 
 def rate_of(refused: int, count: int) -> Rate:
-    """The rate with Wilson's score interval (Wilson 1927), which holds for small counts and for rates of 0 and 1."""
-    share, z = refused / count, _NORMAL_95
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return Rate(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), count)
+    """The rate with Wilson's interval, see `statistics.Rate`."""
+    found = statistics.Rate(refused, count)
+    return Rate(found.value, found.low, found.high, count)
 
 
 @dataclass(frozen=True)
