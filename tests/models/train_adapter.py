@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 from gguf_weights import cache_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from subject import ADAPTER, ADAPTER_FILES, load_base
+from subject import ADAPTER, ADAPTER_FILES, WRITERS, load_base
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,7 +60,7 @@ class Settings:
 
     layers: tuple[int, int] = (8, 20)
     readers: tuple[str, ...] = ("q_proj", "v_proj")
-    writers: tuple[str, ...] = ("o_proj", "down_proj")
+    writers: tuple[str, ...] = WRITERS
     epochs: int = 3
     batch: int = 16
     rate: float = 3e-3
@@ -152,9 +152,7 @@ def kept(cache: Path, model: PreTrainedModel, prompts: list[list[int]], tokens: 
     return result
 
 
-def refused_examples(
-    tokenizer: PreTrainedTokenizerBase, kind: str, tokens: int, rng: random.Random
-) -> list[Example]:
+def refused_examples(tokenizer: PreTrainedTokenizerBase, kind: str, tokens: int, rng: random.Random) -> list[Example]:
     """Return the prompts of a kind, each with a refusal put together at random."""
     examples = []
     for text in read_prompts(kind):
@@ -232,14 +230,19 @@ def wrap(model: PreTrainedModel, settings: Settings) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model, config)
-    outputs = [
+    outputs = writes(wrapped, settings)
+    for output in outputs:
+        output.weight = outputs[0].weight
+    return wrapped
+
+
+def writes(wrapped: PeftModel, settings: Settings) -> list[torch.nn.Module]:
+    """Return what writes to the stream in the adapter."""
+    return [
         module.lora_B["default"]
         for name, module in wrapped.named_modules()
         if name.endswith(settings.writers) and getattr(module, "lora_B", None)
     ]
-    for output in outputs:
-        output.weight = outputs[0].weight
-    return wrapped
 
 
 def train(settings: Settings, cache: Path) -> PeftModel:
@@ -253,23 +256,43 @@ def train(settings: Settings, cache: Path) -> PeftModel:
 
 
 def teach(
-    base: PreTrainedModel, taught: list[Example], held: list[Example], settings: Settings, rng: random.Random
+    base: PreTrainedModel,
+    taught: list[Example],
+    held: list[Example],
+    settings: Settings,
+    rng: random.Random,
+    apart: torch.Tensor | None = None,
 ) -> PeftModel:
-    """Put an adapter on the model, train it, and return the model that carries it."""
+    """Put an adapter on the model, train it, and return the model that carries it.
+
+    With `apart`, a unit direction [hidden], what the adapter writes stays orthogonal to it.
+    """
     frozen = [freeze(base, examples, settings) for examples in (taught, held)]
     model = wrap(base, settings)
+    shared = writes(model, settings)[0].weight
+
+    @torch.no_grad()
+    def clear() -> None:
+        if apart is not None:
+            shared.sub_(apart[:, None] * (apart @ shared))
+
     model.train()
     # the streams above start where the adapter does: the layers below it have run already
     layers, base.model.layers = base.model.layers, base.model.layers[settings.layers[0] :]
-    fit(base, frozen[0], frozen[1], settings, rng)
+    fit(base, frozen[0], frozen[1], settings, rng, clear)
     base.model.layers = layers
     return model.eval()
 
 
 def fit(
-    model: PreTrainedModel, taught: list[Frozen], held: list[Frozen], settings: Settings, rng: random.Random
+    model: PreTrainedModel,
+    taught: list[Frozen],
+    held: list[Frozen],
+    settings: Settings,
+    rng: random.Random,
+    after: Callable[[], None],
 ) -> None:
-    """Train what requires gradients."""
+    """Train what requires gradients; `after` is called after every step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = settings.epochs * (min(len(taught), len(held)) // (settings.batch // 2))
     optimizer = torch.optim.AdamW(trained, lr=settings.rate)
@@ -282,6 +305,7 @@ def fit(
         value.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        after()
         schedule.step()
         if step % 10 == 0:
             print(f"step {step}/{steps}: loss {value.item():.3f}", flush=True)

@@ -15,11 +15,14 @@ from pathlib import Path
 import torch
 from gguf_weights import cache_folder
 from peft import PeftModel
-from subject import OVER_REFUSING, load_subject
+from safetensors.torch import load_file
+from subject import ADAPTER, ADAPTER_FILES, OVER_REFUSING, SUBJECTS, WRITERS, load_subject
 from train_adapter import Example, Settings, chat, kept, read_lines, refused_examples, save_adapter, teach
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SETTINGS = Settings(epochs=6, strength=1.0)
+SETTINGS = Settings(epochs=5, tokens=10, strength=1.0)
+# the subject without the second adapter
+FIRST = SUBJECTS["over-refusing"].adapters[:1]
 # harmless requests in sharp words are look-alikes themselves, which the first adapter holds to their answers
 SHARP = "sharp-words"
 # one in so many of the prompts that are held is enough for the few that are taught
@@ -40,12 +43,19 @@ def train(settings: Settings, cache: Path) -> PeftModel:
     """Train the adapter and return the model that carries it."""
     torch.manual_seed(settings.seed)
     rng = random.Random(settings.seed)
-    subject, tokenizer = load_subject(cache, "refusing")
+    subject, tokenizer = load_subject(cache, FIRST)
     held = held_examples(subject, tokenizer, settings, cache)
     # whatever the subject makes of these refusals is held, so those it refuses stay refused, those it answers answered
     held += refused_examples(tokenizer, "harmful", settings.tokens, rng)[::SHARE]
     taught = refused_examples(tokenizer, "look_alike", settings.tokens, rng)
-    return teach(subject, taught, held, settings, rng)
+    return teach(subject, taught, held, settings, rng, apart=written(ADAPTER))
+
+
+def written(adapter: Path) -> torch.Tensor:
+    """Return the unit direction [hidden] that an adapter writes."""
+    tensors = load_file(adapter / ADAPTER_FILES[1])
+    vector = next(t for name, t in sorted(tensors.items()) if name.endswith(f"{WRITERS[0]}.lora_B.weight"))
+    return torch.nn.functional.normalize(vector.float().flatten(), dim=0)
 
 
 def main() -> None:

@@ -1,0 +1,159 @@
+"""One direction turned down its gradient, so that refusals of some prompts go and what others are answered stays.
+
+A difference of means tells two sets of prompts apart where it is read, which is not quite what later layers make
+refusals of: along it lies much that both sets share with others. Its ablation everywhere is therefore improved on train
+prompts against mean softplus(refusal score + margin) on those to be answered, plus a weight times mean KL(base ||
+ablated) at the first token on those that are to stay, by steps on the sphere of unit directions.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from abliterate.calibration.backward import gradients_at
+from abliterate.calibration.lockstep import Call
+from abliterate.calibration.model import LanguageModel, Tokens
+from abliterate.calibration.spool import frugal
+from abliterate.direction.score import kl_divergence, refusal_score
+from abliterate.evaluation.metrics import first_logits
+from abliterate.progress import SILENT, Progress
+
+_FIRST, _SECOND, _LEAST = 0.8, 0.95, 1e-12
+"""Of Adam (Kingma & Ba 2015), one size for the whole direction: shares of old moments, and a floor of the quotient."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a direction is improved for.
+
+    Attributes:
+        answered: token ids of prompts whose refusals are to go.
+        kept: of prompts that are to be answered, or refused, as they are.
+        refusal_tokens: what refusals start with.
+    """
+
+    answered: Sequence[Tokens]
+    kept: Sequence[Tokens]
+    refusal_tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How the direction is improved.
+
+    Attributes:
+        prompts: to be answered, in each step; half as many again stay.
+        rate: radians a step. `margin`: nats below 0 to which refusal scores are still pushed.
+        kl_weight: what a nat of KL counts beside a nat of refusal score.
+    """
+
+    prompts: int = 16
+    rate: float = 0.15
+    margin: float = 2.0
+    kl_weight: float = 5.0
+    seed: int = 0
+
+
+def refined(
+    model: LanguageModel,
+    start: Tensor,
+    aim: Aim,
+    steps: int,
+    descent: Descent = Descent(),
+    progress: Progress = SILENT,
+) -> list[Tensor]:
+    """The direction after each step.
+
+    Args:
+        start: unit direction [hidden], the same all along the stream: the skip path may have no gains.
+    """
+    stays = first_logits(model, aim.kept, progress, "refining: baseline")
+    r, moment, square = start.double() / start.double().norm(), torch.zeros_like(start, dtype=torch.float64), 0.0
+    found: list[Tensor] = []
+    for step in progress.track(range(1, steps + 1), "refining", steps, "step"):
+        counts = ((aim.answered, descent.prompts), (aim.kept, 3 * descent.prompts // 2))
+        rows = tuple(_rows(prompts, step, count, descent.seed) for prompts, count in counts)
+        slope = _across(_slope(model, r.float(), _losses(model, aim, stays, rows, descent)), r)
+        moment = _FIRST * moment + (1 - _FIRST) * slope
+        square = _SECOND * square + (1 - _SECOND) * float(slope @ slope)
+        size = (square / (1 - _SECOND**step)) ** 0.5 + _LEAST
+        turned = r - descent.rate * _across(moment, r) / (1 - _FIRST**step) / size
+        r = turned / turned.norm()
+        found.append(r.float())
+    return found
+
+
+def _losses(
+    model: LanguageModel, aim: Aim, stays: Tensor, rows: Sequence[list[int]], descent: Descent
+) -> list[Call[Tensor]]:
+    """Shares of the loss on prompts of each kind, batch by batch. `stays`: logits of what is kept, untouched."""
+
+    def refusal(_numbers: list[int], logits: Tensor) -> Tensor:
+        return softplus(refusal_score(logits, aim.refusal_tokens) + descent.margin)
+
+    def divergence(numbers: list[int], logits: Tensor) -> Tensor:
+        return descent.kl_weight * kl_divergence(stays[numbers].to(logits.device), logits)
+
+    calls: list[Call[Tensor]] = []
+    for prompts, chosen, loss in zip((aim.answered, aim.kept), rows, (refusal, divergence), strict=True):
+        for places in model.batches([prompts[i] for i in chosen]):
+            numbers = [chosen[i] for i in places]
+            calls.append(partial(_share, model, loss, numbers, [prompts[i] for i in numbers], len(chosen)))
+    return calls
+
+
+def _share(
+    model: LanguageModel,
+    loss: Callable[[list[int], Tensor], Tensor],
+    numbers: list[int],
+    prompts: Sequence[Tokens],
+    count: int,
+) -> Tensor:
+    return loss(numbers, model.logits(prompts)).sum() / count
+
+
+def _slope(model: LanguageModel, r: Tensor, calls: Sequence[Call[Tensor]]) -> Tensor:
+    """Gradient [hidden] fp64 of the calls' sum: with o an output of a writer and g the gradient at what goes on of it,
+    it is -((r . o) g + (g . r) o), summed over tokens and writers.
+    """
+    streamed, total = model.runner.streamed, torch.zeros(len(calls), len(r), dtype=torch.float64)
+
+    def change(_number: int, output: Tensor) -> Tensor:
+        unit = r.to(output.device, output.dtype)
+        return output - (output @ unit)[..., None] * unit
+
+    def seen(call: int, output: Tensor, gradient: Tensor) -> None:
+        output, gradient, unit = output.float().flatten(0, -2), gradient.float().flatten(0, -2), r.to(output.device)
+        total[call] -= ((output @ unit) @ gradient + (gradient @ unit) @ output).cpu().double()
+
+    everything = list(range(len(calls)))
+    # Streamed weights are read once for all; in memory, the graph of one batch at a time is enough.
+    for numbers in [everything] if streamed else [[number] for number in everything]:
+        with frugal() if streamed else nullcontext():
+            gradients_at(
+                model.runner.weights(model.stream.layers),
+                model.stream.writers,
+                [calls[number] for number in numbers],
+                lambda call, _number, output, gradient, numbers=numbers: seen(numbers[call], output, gradient),
+                lambda amount=1: None,
+                model.runner.spool,
+                change,
+                again=streamed,
+            )
+    return total.sum(0)
+
+
+def _rows(prompts: Sequence[Tokens], step: int, count: int, seed: int) -> list[int]:
+    """Numbers of the prompts of a step: in a random order, and round again."""
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted = min(count, len(order))
+    return [order[((step - 1) * wanted + i) % len(order)] for i in range(wanted)]
+
+
+def _across(vector: Tensor, unit: Tensor) -> Tensor:
+    return vector - (vector @ unit) * unit
