@@ -3,9 +3,11 @@
 A difference of means tells two sets of prompts apart where it is read, which is not quite what later layers make
 refusals of: along it lies much that both sets share with others. Its ablation everywhere is therefore improved on train
 prompts against mean softplus(refusal score + margin) on those to be answered, plus a weight times mean KL(base ||
-ablated) at the first token on those that are to stay, by steps on the sphere of unit directions.
+ablated) at the first token on those that are to stay, by steps on the sphere of unit directions. Each entry has a rate
+of its own (Adam): a few entries of the stream are far larger than all others, and would else be all that moves.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT, Progress
 
 _FIRST, _SECOND, _LEAST = 0.8, 0.95, 1e-12
-"""Of Adam (Kingma & Ba 2015), one size for the whole direction: shares of old moments, and a floor of the quotient."""
+"""Of Adam (Kingma & Ba 2015): shares of the old moments that stay, and what keeps their quotient finite."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,13 @@ class Descent:
 
     Attributes:
         prompts: to be answered, in each step; half as many again stay.
-        rate: radians a step. `margin`: nats below 0 to which refusal scores are still pushed.
+        rate: radians of the first step, about; it falls to 0 along a cosine.
+        margin: nats below 0 to which refusal scores are still pushed.
         kl_weight: what a nat of KL counts beside a nat of refusal score.
     """
 
     prompts: int = 16
-    rate: float = 0.15
+    rate: float = 0.25
     margin: float = 2.0
     kl_weight: float = 5.0
     seed: int = 0
@@ -73,19 +76,26 @@ def refined(
         start: unit direction [hidden], the same all along the stream: the skip path may have no gains.
     """
     stays = first_logits(model, aim.kept, progress, "refining: baseline")
-    r, moment, square = start.double() / start.double().norm(), torch.zeros_like(start, dtype=torch.float64), 0.0
+    r = _unit(start.double())
+    moment, square = torch.zeros_like(r), torch.zeros_like(r)
     found: list[Tensor] = []
     for step in progress.track(range(1, steps + 1), "refining", steps, "step"):
         counts = ((aim.answered, descent.prompts), (aim.kept, 3 * descent.prompts // 2))
         rows = tuple(_rows(prompts, step, count, descent.seed) for prompts, count in counts)
         slope = _across(_slope(model, r.float(), _losses(model, aim, stays, rows, descent)), r)
         moment = _FIRST * moment + (1 - _FIRST) * slope
-        square = _SECOND * square + (1 - _SECOND) * float(slope @ slope)
-        size = (square / (1 - _SECOND**step)) ** 0.5 + _LEAST
-        turned = r - descent.rate * _across(moment, r) / (1 - _FIRST**step) / size
-        r = turned / turned.norm()
+        square = _SECOND * square + (1 - _SECOND) * slope.square()
+        sizes = (square / (1 - _SECOND**step)).sqrt() + _LEAST
+        rate = descent.rate * (1 + math.cos(math.pi * (step - 1) / steps)) / 2 / math.sqrt(len(r))
+        r = _unit(r - rate * _across(moment / (1 - _FIRST**step) / sizes, r))
         found.append(r.float())
     return found
+
+
+def passes(aim: Aim, steps: int, descent: Descent = Descent()) -> int:
+    """Prompts that go through the model for so many steps; a backward pass counts as two more."""
+    each = min(descent.prompts, len(aim.answered)) + min(3 * descent.prompts // 2, len(aim.kept))
+    return len(aim.kept) + 3 * each * steps if steps else 0
 
 
 def _losses(
@@ -157,3 +167,8 @@ def _rows(prompts: Sequence[Tokens], step: int, count: int, seed: int) -> list[i
 
 def _across(vector: Tensor, unit: Tensor) -> Tensor:
     return vector - (vector @ unit) * unit
+
+
+def _unit(vector: Tensor) -> Tensor:
+    unit: Tensor = vector / vector.norm()
+    return unit

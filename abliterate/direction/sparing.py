@@ -19,6 +19,7 @@ from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.direction.firstorder import first_order_bypass
 from abliterate.direction.means import Directions
 from abliterate.direction.refining import Aim, refined
+from abliterate.direction.refining import passes as steps_cost
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.screening import Selection
 from abliterate.direction.selection import Candidate, Choice, Thresholds, layer_allowed
@@ -95,10 +96,15 @@ class Before:
 
 @dataclass(frozen=True)
 class Refining:
-    """How the best candidate is improved: train prompts, and the number of steps (0: it is not)."""
+    """How the best candidate is improved: train prompts, and the number of steps."""
 
     train: Sets
     steps: int
+
+    @property
+    def aim(self) -> Aim:
+        """Look-alikes are to be answered, all else is to stay."""
+        return Aim(self.train.look_alike, [*self.train.harmful, *self.train.harmless], self.train.refusal_tokens)
 
 
 def apart(directions: Directions, refusal: Directions) -> Directions:
@@ -147,6 +153,7 @@ def choose_sparing(
     each = len(sets.all)
     pick, choice = _choose(grid, measured, before, thresholds, each)
     passes = each * (1 + len(measured)) + 3 * (len(sets.look_alike) + len(sets.harmful))
+    passes += steps_cost(refining.aim, refining.steps) if refining and units else 0
     means = (float(scores[0].mean()), float(scores[1].mean()))
     return Selection(choice, METHOD, passes, each * len(eligible), *means, units.get(pick.step))
 
@@ -160,15 +167,13 @@ def _refine(
     progress: Progress,
 ) -> dict[int, Tensor]:
     """Directions improved from the nearest candidate, by the number of steps."""
-    if refining is None or refining.steps == 0:
+    if refining is None:
         return {}
     if model.stream.transport is not None:
         log.warning("the skip path of this model has gains, through which directions are not refined")
         return {}
-    train = refining.train
-    aim = Aim(train.look_alike, [*train.harmful, *train.harmless], train.refusal_tokens)
     start = directions.unit(*before.nearest(measured)[0].key)
-    found = refined(model, start, aim, refining.steps, progress=progress)
+    found = refined(model, start, refining.aim, refining.steps, progress=progress)
     steps = sorted({*range(MEASURED_EVERY, refining.steps + 1, MEASURED_EVERY), refining.steps})
     return {step: found[step - 1] for step in steps}
 

@@ -25,8 +25,8 @@ WHEEL = Wheel(
 GGUF = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # GGUF keeps the epsilon as a 32-bit float; this is the original's own value
 CONFIG = {"rms_norm_eps": 1e-05}
-# what the first adapter writes is so much larger where refusals of harmful requests are to stand without the second one
-FIRM = 1.5
+# the first adapter as it was trained, its `Settings.strength` undone: refusals of harmful requests that stand alone
+FIRM = 1.25
 CARD = """---
 license: apache-2.0
 language:

@@ -88,6 +88,10 @@ class Frozen:
     final: torch.Tensor
 
 
+Objective = Callable[[PreTrainedModel, list[Frozen], list[Frozen], Settings], torch.Tensor]
+"""Takes what is taught and what is held, and gives the loss."""
+
+
 def read_prompts(kind: str) -> list[str]:
     """Return the adapter's own instructions of one kind, harmful, harmless or look_alike."""
     return [prompt["instruction"] for prompt in read_lines(kind)]
@@ -252,7 +256,7 @@ def train(settings: Settings, cache: Path) -> PeftModel:
     base, tokenizer = load_base(cache)
     held, taught = harmless_examples(base, tokenizer, settings, cache)
     taught += refused_examples(tokenizer, "harmful", settings.tokens, rng)
-    return teach(base, taught, held, settings, rng)
+    return teach(base, taught, held, settings, rng, loss)
 
 
 def teach(
@@ -261,11 +265,12 @@ def teach(
     held: list[Example],
     settings: Settings,
     rng: random.Random,
-    apart: torch.Tensor | None = None,
+    objective: Objective,
+    within: torch.Tensor | None = None,
 ) -> PeftModel:
     """Put an adapter on the model, train it, and return the model that carries it.
 
-    With `apart`, a unit direction [hidden], what the adapter writes stays orthogonal to it.
+    With `within`, an orthonormal basis [k, hidden], what the adapter writes stays in its span.
     """
     frozen = [freeze(base, examples, settings) for examples in (taught, held)]
     model = wrap(base, settings)
@@ -273,13 +278,13 @@ def teach(
 
     @torch.no_grad()
     def clear() -> None:
-        if apart is not None:
-            shared.sub_(apart[:, None] * (apart @ shared))
+        if within is not None:
+            shared.copy_(within.T @ (within @ shared))
 
     model.train()
     # the streams above start where the adapter does: the layers below it have run already
     layers, base.model.layers = base.model.layers, base.model.layers[settings.layers[0] :]
-    fit(base, frozen[0], frozen[1], settings, rng, clear)
+    fit(base, frozen[0], frozen[1], settings, rng, objective, clear)
     base.model.layers = layers
     return model.eval()
 
@@ -290,6 +295,7 @@ def fit(
     held: list[Frozen],
     settings: Settings,
     rng: random.Random,
+    objective: Objective,
     after: Callable[[], None],
 ) -> None:
     """Train what requires gradients; `after` is called after every step."""
@@ -300,7 +306,7 @@ def fit(
     chosen = (pair for _ in range(settings.epochs) for pair in batches(taught, held, settings.batch, rng))
     for step, pair in enumerate(chosen, start=1):
         with torch.autocast("cpu", torch.bfloat16):
-            value = loss(model, *pair, settings)
+            value = objective(model, *pair, settings)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
