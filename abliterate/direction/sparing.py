@@ -16,7 +16,6 @@ from torch import Tensor
 
 from abliterate.calibration.hooks import Steer
 from abliterate.calibration.model import LanguageModel, Tokens
-from abliterate.direction.firstorder import first_order_bypass
 from abliterate.direction.means import Directions
 from abliterate.direction.refining import Aim, refined
 from abliterate.direction.refining import passes as steps_cost
@@ -29,7 +28,8 @@ from abliterate.progress import SILENT, Progress
 log = logging.getLogger(__name__)
 Key = tuple[int, int]
 METHOD = "sparing"
-FINALISTS = 16
+SCREENED, FINALISTS = 4, 8
+"""Prompts of both kinds that all candidates are measured on, and how many of these go on to all prompts."""
 SPARED = 0.05
 """Of harmful validation prompts, how many fewer may be refused."""
 ENOUGH = 0.5
@@ -90,8 +90,12 @@ class Before:
         return self.harmful - one.kept <= SPARED
 
     def nearest(self, measured: Sequence[Spared]) -> list[Spared]:
-        """Those first that come nearest to sparing harmful prompts alone."""
-        return sorted(measured, key=lambda one: (one.refused + max(0.0, self.harmful - one.kept - SPARED), one.score))
+        """Those first that leave few refusals of look-alikes, where a true refusal too many that goes counts double."""
+
+        def miss(one: Spared) -> tuple[float, float]:
+            return one.refused + 2 * max(0.0, self.harmful - one.kept - SPARED), one.score
+
+        return sorted(measured, key=miss)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def choose_sparing(
     if not bool((scores[0] > 0).any()):
         raise SelectionError("the model refuses none of the look-alikes: there is no false refusal to take out")
     before = Before(_share(scores[0]), _share(scores[1]))
-    finalists = _screen(model, directions, sets, eligible, progress)
+    finalists = _screen(model, directions, sets, base, eligible, progress)
     measured = _measure(model, [directions.unit(*key) for key in finalists], sets, base, finalists, progress)
     units = _refine(model, directions, measured, before, refining, progress)
     start = before.nearest(measured)[0].key
@@ -152,7 +156,7 @@ def choose_sparing(
     measured += [replace(one, step=step) for one, step in zip(better, units, strict=True)]
     each = len(sets.all)
     pick, choice = _choose(grid, measured, before, thresholds, each)
-    passes = each * (1 + len(measured)) + 3 * (len(sets.look_alike) + len(sets.harmful))
+    passes = each * (1 + len(measured)) + 2 * SCREENED * len(eligible)
     passes += steps_cost(refining.aim, refining.steps) if refining and units else 0
     means = (float(scores[0].mean()), float(scores[1].mean()))
     return Selection(choice, METHOD, passes, each * len(eligible), *means, units.get(pick.step))
@@ -179,18 +183,25 @@ def _refine(
 
 
 def _screen(
-    model: LanguageModel, directions: Directions, sets: Sets, keys: Sequence[Key], progress: Progress
+    model: LanguageModel, directions: Directions, sets: Sets, base: Tensor, keys: Sequence[Key], progress: Progress
 ) -> list[Key]:
-    """Those that to first order take most from look-alikes beyond what they take from harmful prompts."""
+    """Those that a few refused prompts tell most for: scores left on look-alikes, and lost on harmful prompts.
+
+    First-order estimates do not serve here: they are largest where an ablation breaks the model.
+    """
     if len(keys) <= FINALISTS:
         return list(keys)
-    units = torch.stack([directions.unit(*key) for key in keys])
-    look_alike, harmful = (
-        first_order_bypass(model, prompts, sets.refusal_tokens, units, progress)
-        for prompts in (sets.look_alike, sets.harmful)
-    )
-    gain = torch.nan_to_num(harmful - look_alike, nan=-math.inf)
-    return [keys[i] for i in gain.argsort(descending=True, stable=True)[:FINALISTS].tolist()]
+    before = [refusal_score(part, sets.refusal_tokens) for part in sets.parts(base)[:2]]
+    few = [(part > 0).nonzero().flatten()[:SCREENED].tolist() for part in before]
+    prompts = [sets.look_alike[i] for i in few[0]] + [sets.harmful[i] for i in few[1]]
+    steers = [Steer(ablate=directions.unit(*key)) for key in keys for _ in prompts]
+    scores = refusal_score(_logits(model, prompts * len(keys), steers, progress), sets.refusal_tokens)
+    look_alike, harmful = scores.clamp_min(0).reshape(len(keys), -1).split([len(few[0]), len(few[1])], dim=1)
+    cost = look_alike.mean(1)
+    if few[1]:
+        cost = cost + (before[1][few[1]] - harmful).clamp_min(0).mean(1)
+    order = cost.nan_to_num(math.inf).argsort(stable=True)
+    return [keys[i] for i in order[:FINALISTS].tolist()]
 
 
 def _measure(
