@@ -248,10 +248,12 @@ def _choose(
     among = [one for one in halving if one in near] or halving or near or sparing
     pick = min(among, key=lambda one: (one.refused, one.score, one.key, one.step))
     steps = f", after {pick.step} steps of refining" if pick.step else ""
+    several = f"the fewest of look-alikes among {len(among)} directions that leave"
+    why = several if len(among) > 1 else "the only direction that takes so many and leaves"
     reason = (
         f"refusals of look-alikes go from {before.look_alike:.0%} to {pick.refused:.0%} and those of harmful prompts "
-        f"from {before.harmful:.0%} to {pick.kept:.0%}{steps}: the fewest of look-alikes among {len(among)} directions "
-        f"that leave the others within {100 * SPARED:.0f} points"
+        f"from {before.harmful:.0%} to {pick.kept:.0%}{steps}: {why} the others within "
+        f"{100 * SPARED:.0f} points"
     )
     found = {one.key: _candidate(one, False, before, thresholds, prompts) for one in measured if not one.step}
     found[pick.key] = _candidate(pick, True, before, thresholds, prompts)

@@ -7,8 +7,8 @@ from tests.real.support import run
 
 FEW = """
 extends: false-refusal
-calibration: {train: 48, validation: 12, test: 40}
-direction: {refine: 8}
+calibration: {train: 48, validation: 16, test: 40}
+direction: {positions: 2, refine: 4}
 evaluation: {max_new_tokens: 8, kl_tokens: 0}
 """
 
