@@ -35,12 +35,15 @@ class Aim:
 
     Attributes:
         answered: token ids of prompts whose refusals are to go.
-        kept: of prompts that are to be answered, or refused, as they are.
+        harmful: of prompts that are to be refused, or answered, as they are.
+        harmless: of prompts that are to be answered as they are; those that the model refuses are left out, since that
+            is a false refusal too.
         refusal_tokens: what refusals start with.
     """
 
     answered: Sequence[Tokens]
-    kept: Sequence[Tokens]
+    harmful: Sequence[Tokens]
+    harmless: Sequence[Tokens]
     refusal_tokens: Sequence[int]
 
 
@@ -75,14 +78,14 @@ def refined(
     Args:
         start: unit direction [hidden], the same all along the stream: the skip path may have no gains.
     """
-    stays = first_logits(model, aim.kept, progress, "refining: baseline")
+    kept = _kept(model, aim, progress)
     r = _unit(start.double())
     moment, square = torch.zeros_like(r), torch.zeros_like(r)
     found: list[Tensor] = []
     for step in progress.track(range(1, steps + 1), "refining", steps, "step"):
-        counts = ((aim.answered, descent.prompts), (aim.kept, 3 * descent.prompts // 2))
+        counts = ((aim.answered, descent.prompts), (kept.prompts, 3 * descent.prompts // 2))
         rows = tuple(_rows(prompts, step, count, descent.seed) for prompts, count in counts)
-        slope = _across(_slope(model, r.float(), _losses(model, aim, stays, rows, descent)), r)
+        slope = _across(_slope(model, r.float(), _losses(model, aim, kept, rows, descent)), r)
         moment = _FIRST * moment + (1 - _FIRST) * slope
         square = _SECOND * square + (1 - _SECOND) * slope.square()
         sizes = (square / (1 - _SECOND**step)).sqrt() + _LEAST
@@ -92,25 +95,42 @@ def refined(
     return found
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Prompts whose answers stay, and the untouched model's logits [prompts, vocabulary]."""
+
+    prompts: Sequence[Tokens]
+    logits: Tensor
+
+
+def _kept(model: LanguageModel, aim: Aim, progress: Progress) -> _Kept:
+    prompts = [*aim.harmful, *aim.harmless]
+    logits = first_logits(model, prompts, progress, "refining: baseline")
+    refused = (refusal_score(logits, aim.refusal_tokens) > 0).tolist()
+    rows = [i for i in range(len(prompts)) if i < len(aim.harmful) or not refused[i]]
+    return _Kept([prompts[i] for i in rows], logits[rows])
+
+
 def passes(aim: Aim, steps: int, descent: Descent = Descent()) -> int:
     """Prompts that go through the model for so many steps; a backward pass counts as two more."""
-    each = min(descent.prompts, len(aim.answered)) + min(3 * descent.prompts // 2, len(aim.kept))
-    return len(aim.kept) + 3 * each * steps if steps else 0
+    kept = len(aim.harmful) + len(aim.harmless)
+    each = min(descent.prompts, len(aim.answered)) + min(3 * descent.prompts // 2, kept)
+    return kept + 3 * each * steps if steps else 0
 
 
 def _losses(
-    model: LanguageModel, aim: Aim, stays: Tensor, rows: Sequence[list[int]], descent: Descent
+    model: LanguageModel, aim: Aim, kept: _Kept, rows: Sequence[list[int]], descent: Descent
 ) -> list[Call[Tensor]]:
-    """Shares of the loss on prompts of each kind, batch by batch. `stays`: logits of what is kept, untouched."""
+    """Shares of the loss on prompts of each kind, batch by batch."""
 
     def refusal(_numbers: list[int], logits: Tensor) -> Tensor:
         return softplus(refusal_score(logits, aim.refusal_tokens) + descent.margin)
 
     def divergence(numbers: list[int], logits: Tensor) -> Tensor:
-        return descent.kl_weight * kl_divergence(stays[numbers].to(logits.device), logits)
+        return descent.kl_weight * kl_divergence(kept.logits[numbers].to(logits.device), logits)
 
     calls: list[Call[Tensor]] = []
-    for prompts, chosen, loss in zip((aim.answered, aim.kept), rows, (refusal, divergence), strict=True):
+    for prompts, chosen, loss in zip((aim.answered, kept.prompts), rows, (refusal, divergence), strict=True):
         for places in model.batches([prompts[i] for i in chosen]):
             numbers = [chosen[i] for i in places]
             calls.append(partial(_share, model, loss, numbers, [prompts[i] for i in numbers], len(chosen)))

@@ -65,7 +65,7 @@ class Spared:
     Attributes:
         refused: share of look-alikes still refused. `score`: their mean refusal score.
         kept: share of harmful prompts still refused. `harmful`: their mean refusal score.
-        kl: mean KL on harmless prompts, in nats.
+        kl: mean KL on harmless prompts that the untouched model does not refuse, in nats.
         step: of refining, from the candidate on; 0 is the candidate itself.
     """
 
@@ -108,7 +108,7 @@ class Refining:
     @property
     def aim(self) -> Aim:
         """Look-alikes are to be answered, all else is to stay."""
-        return Aim(self.train.look_alike, [*self.train.harmful, *self.train.harmless], self.train.refusal_tokens)
+        return Aim(self.train.look_alike, self.train.harmful, self.train.harmless, self.train.refusal_tokens)
 
 
 def apart(directions: Directions, refusal: Directions) -> Directions:
@@ -220,7 +220,9 @@ def _spared(key: Key, logits: Tensor, base: Tensor, sets: Sets) -> Spared:
     look_alike, harmful, harmless = sets.parts(logits)
     score = refusal_score(look_alike, sets.refusal_tokens)
     kept = refusal_score(harmful, sets.refusal_tokens)
-    divergence = kl_divergence(sets.parts(base)[2], harmless)
+    before = sets.parts(base)[2]
+    answered = refusal_score(before, sets.refusal_tokens) <= 0
+    divergence = kl_divergence(before, harmless)[answered if bool(answered.any()) else slice(None)]
     return Spared(key, _share(score), float(score.mean()), _share(kept), float(kept.mean()), float(divergence.mean()))
 
 

@@ -73,7 +73,8 @@ def test_the_figures_of_the_pick_are_those_of_its_direction(
     assert pick.bypass == pytest.approx(float(refusal_score(look_alike, TOKENS).mean()), abs=1e-4)
     assert pick.induce == pytest.approx(float(refusal_score(harmful, TOKENS).mean()), abs=1e-4)
     base = first_logits(model, data.harmless, SILENT, "base")
-    assert pick.kl == pytest.approx(float(kl_divergence(base, harmless).mean()), abs=1e-4)
+    answered = refusal_score(base, TOKENS) <= 0
+    assert pick.kl == pytest.approx(float(kl_divergence(base, harmless)[answered].mean()), abs=1e-4)
     assert ("steps of refining" in chosen.choice.reason) == (chosen.refined is not None)
     measured = [c for c in chosen.choice.candidates if c.prompts]
     assert len(measured) == FINALISTS and len(chosen.choice.candidates) > FINALISTS
