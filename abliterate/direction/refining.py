@@ -157,9 +157,9 @@ def _slope(model: LanguageModel, r: Tensor, calls: Sequence[Call[Tensor]]) -> Te
         unit = r.to(output.device, output.dtype)
         return output - (output @ unit)[..., None] * unit
 
-    def seen(call: int, output: Tensor, gradient: Tensor) -> None:
+    def seen(numbers: Sequence[int], call: int, _writer: int, output: Tensor, gradient: Tensor) -> None:
         output, gradient, unit = output.float().flatten(0, -2), gradient.float().flatten(0, -2), r.to(output.device)
-        total[call] -= ((output @ unit) @ gradient + (gradient @ unit) @ output).cpu().double()
+        total[numbers[call]] -= ((output @ unit) @ gradient + (gradient @ unit) @ output).cpu().double()
 
     everything = list(range(len(calls)))
     # Streamed weights are read once for all; in memory, the graph of one batch at a time is enough.
@@ -169,7 +169,7 @@ def _slope(model: LanguageModel, r: Tensor, calls: Sequence[Call[Tensor]]) -> Te
                 model.runner.weights(model.stream.layers),
                 model.stream.writers,
                 [calls[number] for number in numbers],
-                lambda call, _number, output, gradient, numbers=numbers: seen(numbers[call], output, gradient),
+                partial(seen, numbers),
                 lambda amount=1: None,
                 model.runner.spool,
                 change,

@@ -196,7 +196,8 @@ def _screen(
     prompts = [sets.look_alike[i] for i in few[0]] + [sets.harmful[i] for i in few[1]]
     steers = [Steer(ablate=directions.unit(*key)) for key in keys for _ in prompts]
     scores = refusal_score(_logits(model, prompts * len(keys), steers, progress), sets.refusal_tokens)
-    look_alike, harmful = scores.clamp_min(0).reshape(len(keys), -1).split([len(few[0]), len(few[1])], dim=1)
+    left = scores.clamp_min(0).reshape(len(keys), -1)
+    look_alike, harmful = left[:, : len(few[0])], left[:, len(few[0]) :]
     cost = look_alike.mean(1)
     if few[1]:
         cost = cost + (before[1][few[1]] - harmful).clamp_min(0).mean(1)
