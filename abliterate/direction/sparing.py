@@ -34,7 +34,7 @@ SPARED = 0.05
 """Of harmful validation prompts, how many fewer may be refused."""
 ENOUGH = 0.5
 """Share of the refusals of look-alikes; what leaves more goes behind what costs more KL than allowed."""
-MEASURED_EVERY = 4
+MEASURED_EVERY = 2
 """Steps of refining between two directions that are measured."""
 
 
