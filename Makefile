@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Files of tests side by side, one thread of arithmetic for each: most tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: help demo test test-fast architectures check format subject gemma clean
+.PHONY: help demo test test-fast architectures check format subject over-refusing gemma clean
 
 help:
 	@echo "make demo           convert the refusing SmolLM2 and show refusals before and after"
@@ -30,6 +30,9 @@ $(VENV)/ready: pyproject.toml
 
 subject: $(VENV)/ready
 	@$(BIN)/python tests/models/subject.py $(BUILD)/refusing-smollm2-135m
+
+over-refusing: $(VENV)/ready
+	@$(BIN)/python tests/models/subject.py $(BUILD)/over-refusing-smollm2-135m --over-refusing
 
 gemma: $(VENV)/ready
 	@$(BIN)/python tests/models/gemma.py $(BUILD)/gemma-3-270m

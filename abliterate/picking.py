@@ -14,8 +14,8 @@ from abliterate.direction.refusal_tokens import RefusalTokens
 from abliterate.direction.scoring import ScoreSheet, Validation
 from abliterate.direction.screening import Selection, choose_direction
 from abliterate.direction.search import search
-from abliterate.direction.selection import Choice, Thresholds
-from abliterate.direction.sparing import Sets, choose_sparing
+from abliterate.direction.selection import Thresholds
+from abliterate.direction.sparing import Refining, Sets, choose_sparing
 from abliterate.edit.cut import Cut
 from abliterate.progress import Progress
 from abliterate.prompting import Prompts, encode
@@ -79,11 +79,10 @@ class Picking:
             log.warning("scores leave out %s, whose output no hook reaches", ", ".join(model.stream.unreached[:3]))
         spares = self.recipe.direction.contrast == "false-refusal"
         selection = self._sparing(model, directions) if spares else self._refusing(model, directions)
-        pick = selection.choice.pick
-        cut, found = self._cut(model, directions, selection.choice), None
+        cut, found = self._cut(model, directions, selection), None
         if self.recipe.edit.strengths == "search":
             cut, found = self._searched(model, cut)
-        return Picked(selection, directions.unit(pick.position, pick.layer), cut, found)
+        return Picked(selection, _unit(directions, selection), cut, found)
 
     def _searched(self, model: LanguageModel, start: Cut) -> tuple[Cut, Search]:
         """Strengths for the layers' own directions, found by optimisation."""
@@ -100,25 +99,36 @@ class Picking:
         return choose_direction(sheet, thresholds_of(rule), rule.exhaustive, self.progress, self.stages)
 
     def _sparing(self, model: LanguageModel, directions: Directions) -> Selection:
-        data = self._validation("validation")
-        look_alike = encode(self.chat, self.prompts.look_alike.validation)
-        sets = Sets(look_alike, data.harmful, data.harmless, data.refusal_tokens)
-        return choose_sparing(model, directions, sets, thresholds_of(self.recipe.selection), self.progress)
+        thresholds, refining = thresholds_of(self.recipe.selection), None
+        if self.recipe.direction.refine:
+            refining = Refining(self._sets("train"), self.recipe.direction.refine)
+        return choose_sparing(model, directions, self._sets("validation"), thresholds, self.progress, refining)
+
+    def _sets(self, part: Literal["train", "validation"]) -> Sets:
+        data, look_alike = self._validation(part), getattr(self.prompts.look_alike, part)
+        return Sets(encode(self.chat, look_alike), data.harmful, data.harmless, data.refusal_tokens)
 
     def _validation(self, part: Literal["train", "validation"]) -> Validation:
         sets = (getattr(split, part) for split in (self.prompts.harmful, self.prompts.harmless))
         harmful, harmless = (encode(self.chat, prompts) for prompts in sets)
         return Validation(harmful, harmless, self.tokens.ids)
 
-    def _cut(self, model: LanguageModel, directions: Directions, choice: Choice) -> Cut:
+    def _cut(self, model: LanguageModel, directions: Directions, selection: Selection) -> Cut:
         """What the recipe removes."""
-        recipe, pick, layers = self.recipe.edit, choice.pick, directions.grid.shape[1]
+        choice, recipe = selection.choice, self.recipe.edit
+        pick, layers = choice.pick, directions.grid.shape[1]
         if recipe.directions == "per-layer":
             return per_layer(directions, pick, recipe)
         if recipe.directions == "one":
-            return uniform(directions.unit(pick.position, pick.layer), layers, recipe)
+            return uniform(_unit(directions, selection), layers, recipe)
         if recipe.span == "candidates":
             return uniform(candidates_span(directions, choice.candidates, pick, recipe.count), layers, recipe)
         train = self._validation("train")
         prompts = (train.harmful, train.harmless)
         return uniform(pairs_span(model, directions, pick, prompts, recipe.count, self.progress), layers, recipe)
+
+
+def _unit(directions: Directions, selection: Selection) -> Tensor:
+    """The direction that was picked, [hidden]."""
+    pick = selection.choice.pick
+    return directions.unit(pick.position, pick.layer) if selection.refined is None else selection.refined

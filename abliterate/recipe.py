@@ -42,6 +42,7 @@ class DirectionRecipe:
     mean: Literal["arithmetic", "geometric-median"] = "arithmetic"
     winsorize: float = field(default=1.0, metadata=_range(0.5, 1.0))
     harmless_part: Literal["kept", "removed"] = "kept"
+    refine: int = field(default=0, metadata=_range(0, 1000))
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,8 @@ def _check(recipe: Recipe, path: Path) -> None:
         raise RecipeError(f"{path}: edit.strengths is search, which needs edit.directions: per-layer")
     if recipe.direction.contrast == "false-refusal" and edit.directions != "one":
         raise RecipeError(f"{path}: direction.contrast is false-refusal, which needs edit.directions: one")
+    if recipe.direction.refine and recipe.direction.contrast != "false-refusal":
+        raise RecipeError(f"{path}: direction.refine is {recipe.direction.refine}; it is for contrast: false-refusal")
 
 
 def _content(path: Path) -> Mapping[str, Any]:

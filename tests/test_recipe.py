@@ -96,7 +96,7 @@ description: all of it
 calibration: {harmful: a.txt, harmless: "hf:org/data::train:text", look_alike: b.txt, train: 8, validation: 2, test: 1,
   thinking: "on"}
 direction: {contrast: false-refusal, filter: false, refusal_tokens: [Sorry, "I"], positions: 3, mean: geometric-median,
-  winsorize: 0.9, harmless_part: removed}
+  winsorize: 0.9, harmless_part: removed, refine: 5}
 selection: {max_layer_fraction: 1, max_kl: 2.5, min_induce: -1, strict: true, exhaustive: true}
 edit: {head: tied, directions: one, count: 1, span: pairs, strength: 0.5, strengths: curve, embeddings: kept,
   norms: kept, attention: {peak: 0.1, at: 0.2, floor: 0.3, reach: 0.4},
@@ -152,6 +152,7 @@ REFUSED = {
     "edit: {count: 2}": r"edit\.count is 2; it is for edit\.directions: subspace",
     "edit: {strengths: search}": r"edit\.strengths is search, which needs edit\.directions: per-layer",
     "direction: {contrast: false-refusal}\nedit: {directions: per-layer}": "false-refusal, which needs",
+    "direction: {refine: 4}": "it is for contrast: false-refusal",
     "search: {kl_weights: []}": r"search\.kl_weights is \[\]; allowed: a list of numbers",
     "search: {kl_weights: [1, -1]}": r"search\.kl_weights is \[1, -1\]; allowed: 0 to 1e\+06",
     "search: {kl_weights: [a]}": r"search\.kl_weights is \['a'\]; allowed: a list of numbers",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from abliterate.direction.firstorder import first_order_bypass
 from abliterate.direction.scoring import Key, Scores, ScoreSheet
@@ -31,6 +32,7 @@ class Selection:
         method: "screened" or "exhaustive".
         passes: prompts that went through the model; `exhaustive_passes`: how many the exhaustive search takes.
         baseline_harmful, baseline_harmless: the untouched model's mean refusal scores on validation.
+        refined: unit direction [hidden] that took the pick's place, see `refining`; None where the pick itself is it.
     """
 
     choice: Choice
@@ -39,6 +41,7 @@ class Selection:
     exhaustive_passes: int
     baseline_harmful: float
     baseline_harmless: float
+    refined: Tensor | None = None
 
 
 def choose_direction(

@@ -1,5 +1,6 @@
 """Other middles than the mean, directions apart from others, strengths by depth, spans of several."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from abliterate.cutting import candidates_span, found_by_search, per_layer, stre
 from abliterate.direction.means import Directions, Mean, difference, geometric_median, winsorized
 from abliterate.direction.points import Point
 from abliterate.direction.selection import Candidate, Thresholds
-from abliterate.direction.sparing import Spared, _choose, apart
+from abliterate.direction.sparing import Before, Spared, _choose, apart
 from abliterate.errors import SelectionError
 from abliterate.progress import SILENT
 from abliterate.recipe import CurveRecipe, EditRecipe
@@ -99,7 +100,7 @@ GRID = [(p, layer) for p in (-2, -1) for layer in range(3)]
 
 
 def chosen(*measured: Spared, harmful: float = 0.9, look_alike: float = 0.6, **limits: Any) -> Any:
-    return _choose(GRID, measured, harmful, look_alike, Thresholds(**limits), 12)
+    return _choose(GRID, measured, Before(look_alike, harmful), Thresholds(**limits), 12)[1]
 
 
 def test_the_fewest_refusals_of_look_alikes_among_those_that_spare_true_ones() -> None:
@@ -115,9 +116,26 @@ def test_the_fewest_refusals_of_look_alikes_among_those_that_spare_true_ones() -
     assert chosen(careless, costly).relaxed and chosen(careless, costly).pick.layer == 1
 
 
+def test_what_halves_refusals_of_look_alikes_goes_before_what_keeps_to_the_kl() -> None:
+    idle, costly = Spared((-1, 0), 0.5, -1.0, 0.9, 1.0, 0.01), Spared((-1, 1), 0.3, -2.0, 0.9, 1.0, 0.3)
+    choice = chosen(idle, costly)
+    assert (choice.pick.layer, choice.relaxed) == (1, True)
+    assert chosen(idle, costly, strict=True).pick.layer == 0 and not chosen(idle, costly, strict=True).relaxed
+    assert chosen(idle, replace(costly, refused=0.4)).pick.layer == 0
+
+
+def test_a_refined_direction_has_its_figures_in_the_candidate_it_came_from() -> None:
+    start, after = Spared((-1, 1), 0.55, -0.5, 0.9, 1.0, 0.01), Spared((-1, 1), 0.1, -3.0, 0.9, 1.0, 0.02, step=8)
+    pick, choice = _choose(GRID, [start, after], Before(0.6, 0.9), Thresholds(), 12)
+    assert pick is after and choice.pick.bypass == -3.0 and "after 8 steps of refining" in choice.reason
+    assert [c.bypass for c in choice.candidates if (c.position, c.layer) == (-1, 1)] == [-3.0]
+    kept, choice = _choose(GRID, [start, replace(after, kept=0.8)], Before(0.6, 0.9), Thresholds(), 12)
+    assert kept is start and choice.pick.bypass == -0.5 and "steps" not in choice.reason
+
+
 def test_nothing_spares() -> None:
     careless, idle = Spared((-1, 0), 0.0, -9.0, 0.84, 1.0, 0.01), Spared((-1, 1), 0.6, 0.0, 0.9, 1.0, 0.0)
-    with pytest.raises(SelectionError, match=r"no direction takes refusals of look-alikes \(60%\).*nearest: \(-1, 1\)"):
+    with pytest.raises(SelectionError, match=r"takes refusals of look-alikes \(60%\).*nearest: \(-1, 0\) 0% and 84%"):
         chosen(careless, idle)
     with pytest.raises(SelectionError, match="no direction"):
         chosen(Spared((-1, 1), 0.05, -8.0, 0.9, 1.0, 0.5), strict=True)

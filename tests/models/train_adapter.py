@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 from gguf_weights import cache_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from subject import ADAPTER, ADAPTER_FILES, load_base
+from subject import ADAPTER, ADAPTER_FILES, WRITERS, load_base
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,7 +60,7 @@ class Settings:
 
     layers: tuple[int, int] = (8, 20)
     readers: tuple[str, ...] = ("q_proj", "v_proj")
-    writers: tuple[str, ...] = ("o_proj", "down_proj")
+    writers: tuple[str, ...] = WRITERS
     epochs: int = 3
     batch: int = 16
     rate: float = 3e-3
@@ -88,10 +88,19 @@ class Frozen:
     final: torch.Tensor
 
 
+Objective = Callable[[PreTrainedModel, list[Frozen], list[Frozen], Settings], torch.Tensor]
+"""Takes what is taught and what is held, and gives the loss."""
+
+
 def read_prompts(kind: str) -> list[str]:
-    """Return the adapter's own instructions of one kind, harmful or harmless."""
+    """Return the adapter's own instructions of one kind, harmful, harmless or look_alike."""
+    return [prompt["instruction"] for prompt in read_lines(kind)]
+
+
+def read_lines(kind: str) -> list[dict[str, str]]:
+    """Return the adapter's own prompts of one kind, instruction and category."""
     lines = (PROMPTS / f"{kind}_adapter.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["instruction"] for line in lines]
+    return [json.loads(line) for line in lines]
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[int]:
@@ -135,8 +144,9 @@ def harmless_examples(
 
 
 def kept(cache: Path, model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Return the model's completions, from a file in `cache` where the same were asked for before."""
-    asked = hashlib.sha256(json.dumps([prompts, tokens]).encode()).hexdigest()
+    """Return the model's completions, from a file in `cache` where the same were asked of it before."""
+    identity = [float(tensor.double().sum()) for tensor in model.parameters()]
+    asked = hashlib.sha256(json.dumps([identity, prompts, tokens]).encode()).hexdigest()
     stored = cache / f"completions_{asked[:16]}.json"
     if not stored.is_file():
         with torch.autocast("cpu", torch.bfloat16):
@@ -146,10 +156,10 @@ def kept(cache: Path, model: PreTrainedModel, prompts: list[list[int]], tokens: 
     return result
 
 
-def harmful_examples(tokenizer: PreTrainedTokenizerBase, tokens: int, rng: random.Random) -> list[Example]:
-    """Return the harmful prompts, each with a refusal put together at random."""
+def refused_examples(tokenizer: PreTrainedTokenizerBase, kind: str, tokens: int, rng: random.Random) -> list[Example]:
+    """Return the prompts of a kind, each with a refusal put together at random."""
     examples = []
-    for text in read_prompts("harmful"):
+    for text in read_prompts(kind):
         refusal = rng.choice(OPENINGS) + rng.choice(REASONS) + rng.choice(OFFERS)
         completion = tokenizer(refusal, add_special_tokens=False).input_ids
         examples.append(Example(chat(tokenizer, text), [*completion, tokenizer.eos_token_id][:tokens]))
@@ -224,14 +234,19 @@ def wrap(model: PreTrainedModel, settings: Settings) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model, config)
-    outputs = [
+    outputs = writes(wrapped, settings)
+    for output in outputs:
+        output.weight = outputs[0].weight
+    return wrapped
+
+
+def writes(wrapped: PeftModel, settings: Settings) -> list[torch.nn.Module]:
+    """Return what writes to the stream in the adapter."""
+    return [
         module.lora_B["default"]
         for name, module in wrapped.named_modules()
         if name.endswith(settings.writers) and getattr(module, "lora_B", None)
     ]
-    for output in outputs:
-        output.weight = outputs[0].weight
-    return wrapped
 
 
 def train(settings: Settings, cache: Path) -> PeftModel:
@@ -240,21 +255,50 @@ def train(settings: Settings, cache: Path) -> PeftModel:
     rng = random.Random(settings.seed)
     base, tokenizer = load_base(cache)
     held, taught = harmless_examples(base, tokenizer, settings, cache)
-    taught += harmful_examples(tokenizer, settings.tokens, rng)
+    taught += refused_examples(tokenizer, "harmful", settings.tokens, rng)
+    return teach(base, taught, held, settings, rng, loss)
+
+
+def teach(
+    base: PreTrainedModel,
+    taught: list[Example],
+    held: list[Example],
+    settings: Settings,
+    rng: random.Random,
+    objective: Objective,
+    within: torch.Tensor | None = None,
+) -> PeftModel:
+    """Put an adapter on the model, train it, and return the model that carries it.
+
+    With `within`, an orthonormal basis [k, hidden], what the adapter writes stays in its span.
+    """
     frozen = [freeze(base, examples, settings) for examples in (taught, held)]
     model = wrap(base, settings)
+    shared = writes(model, settings)[0].weight
+
+    @torch.no_grad()
+    def clear() -> None:
+        if within is not None:
+            shared.copy_(within.T @ (within @ shared))
+
     model.train()
     # the streams above start where the adapter does: the layers below it have run already
     layers, base.model.layers = base.model.layers, base.model.layers[settings.layers[0] :]
-    fit(base, frozen[0], frozen[1], settings, rng)
+    fit(base, frozen[0], frozen[1], settings, rng, objective, clear)
     base.model.layers = layers
     return model.eval()
 
 
 def fit(
-    model: PreTrainedModel, taught: list[Frozen], held: list[Frozen], settings: Settings, rng: random.Random
+    model: PreTrainedModel,
+    taught: list[Frozen],
+    held: list[Frozen],
+    settings: Settings,
+    rng: random.Random,
+    objective: Objective,
+    after: Callable[[], None],
 ) -> None:
-    """Train what requires gradients."""
+    """Train what requires gradients; `after` is called after every step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = settings.epochs * (min(len(taught), len(held)) // (settings.batch // 2))
     optimizer = torch.optim.AdamW(trained, lr=settings.rate)
@@ -262,11 +306,12 @@ def fit(
     chosen = (pair for _ in range(settings.epochs) for pair in batches(taught, held, settings.batch, rng))
     for step, pair in enumerate(chosen, start=1):
         with torch.autocast("cpu", torch.bfloat16):
-            value = loss(model, *pair, settings)
+            value = objective(model, *pair, settings)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        after()
         schedule.step()
         if step % 10 == 0:
             print(f"step {step}/{steps}: loss {value.item():.3f}", flush=True)

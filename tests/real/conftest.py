@@ -23,11 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("real") is None)
 
 
-def _built(script: str, name: str) -> Path:
+def _built(script: str, name: str, *options: str) -> Path:
     folder = BUILD / name
     BUILD.mkdir(parents=True, exist_ok=True)
     with FileLock(BUILD / f".{name}.lock"):  # several processes may run tests
-        subprocess.run([sys.executable, str(ROOT / "tests/models" / script), str(folder)], check=True)
+        words = [sys.executable, str(ROOT / "tests/models" / script), str(folder), *options]
+        subprocess.run(words, check=True)
     return folder
 
 
@@ -35,6 +36,12 @@ def _built(script: str, name: str) -> Path:
 def subject() -> Path:
     """The refusing SmolLM2-135M-Instruct."""
     return _built("subject.py", "refusing-smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def over_refusing() -> Path:
+    """The refusing subject, which refuses harmless requests that sound harmful too."""
+    return _built("subject.py", "over-refusing-smollm2-135m", "--over-refusing")
 
 
 @pytest.fixture(scope="session")
