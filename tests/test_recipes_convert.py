@@ -105,11 +105,11 @@ def test_norms_are_kept_and_were_not(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_search_is_explained_and_what_it_found_is_in_the_weights(base: Path, tmp_path: Path) -> None:
-    recipe = quick(tmp_path, "search").replacing("search", steps=2, kl_weights=(5.0, 50.0))
+    recipe = quick(tmp_path, "search").replacing("search", steps=3, further_steps=1, kl_weights=(0.5, 5.0))
     made = convert(str(base), tmp_path / "out", recipe=recipe)
     assert made.holds and made.certificate.sound and not made.certificate.holds
     found = made.manifest["search"]
-    assert found["pick"] in found["front"] and {point["weight"] for point in found["points"]} == {5.0, 50.0}
+    assert found["pick"] in found["front"] and {point["weight"] for point in found["points"]} == {0.5, 5.0}
     strengths = made.manifest["edit"]["removes"]["strengths"]["layers"]
     assert len({value for row in strengths for value in row}) > 2, "strengths are as they were before the search"
     assert (tmp_path / "out" / "search.png").read_bytes().startswith(b"\x89PNG")
