@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,10 @@ def stacked(taken: dict[int, Tensor], layers: int) -> Tensor:
     return torch.stack([found[i] for i in range(layers)], dim=2)
 
 
-def _within(inside: Callable[[], AbstractContextManager[None]], call: Call[Batch]) -> Batch:
+T = TypeVar("T")
+
+
+def _within(inside: Callable[[], AbstractContextManager[None]], call: Call[T]) -> T:
     with inside():
         return call()
 
@@ -223,13 +226,19 @@ class LanguageModel:
         max_new_tokens: int,
         progress: Progress = SILENT,
         description: str = "generate",
+        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> list[list[int]]:
-        """Greedy completions, token ids without the prompt and without what follows the end token."""
+        """Greedy completions, token ids without the prompt and without what follows the end token.
+
+        Args:
+            inside: see `forward`.
+        """
         completions: list[list[int]] = [[] for _ in prompts]
         batches = list(self.batches(prompts))
         bar = Bar(progress, description, list(map(len, batches)), max_new_tokens)
         with self._greedy(max_new_tokens) as plain:
-            calls = [partial(self._generate, [prompts[i] for i in rows], copy.copy(plain)) for rows in batches]
+            making = [partial(self._generate, [prompts[i] for i in rows], copy.copy(plain)) for rows in batches]
+            calls = [partial(_within, inside, make) for make in making]
             for number, found in self.runner.run(calls, bar):
                 for row, tokens in zip(batches[number], found, strict=True):
                     completions[row] = self._until_end(tokens)

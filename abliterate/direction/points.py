@@ -30,6 +30,7 @@ class SearchSettings:
         measure_every: steps between two measured points.
         most_refused: share of refusals that the pick may have.
         trials: of optuna.
+        new_tokens: of the answers that a measured point is told refusals by.
     """
 
     method: Method = "gradient"
@@ -46,6 +47,7 @@ class SearchSettings:
     measure_every: int = 4
     most_refused: float = 0.05
     trials: int = 24
+    new_tokens: int = 32
     seed: int = 0
 
 
@@ -56,8 +58,8 @@ class Point:
     Attributes:
         strengths: [layers, 2] fp32, of attention and of mlp writers.
         directions: [layers, hidden] fp32, unit: what the writers of each layer give up, at the end of the stream.
-        refusal: share of harmful prompts that are refused: the score is above 0, or the likeliest token is one of the
-            refusal tokens.
+        refusal: share of harmful prompts that are refused: by phrase in the answer, by a score above 0, or because the
+            likeliest token is one of the refusal tokens.
         bypass: mean refusal score on harmful prompts, in nats.
         kl: mean KL(base || edited) at the first token on harmless prompts that the base does not refuse, in nats.
         step: how many steps (or trials) it took.

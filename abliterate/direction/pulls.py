@@ -16,6 +16,7 @@ from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.calibration.spool import frugal
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.scoring import Validation
+from abliterate.direction.substrings import is_refusal
 from abliterate.progress import SILENT, Advance, Progress
 
 
@@ -50,11 +51,13 @@ class Trial:
 
     Attributes:
         base: logits [harmless prompts, vocabulary] of the untouched model.
+        new_tokens: of answers in which refusals are also looked for by phrase; 0 goes by the first token alone.
     """
 
     model: LanguageModel
     data: Validation
     base: Tensor
+    new_tokens: int = 0
 
     def pull(
         self,
@@ -134,6 +137,10 @@ class Trial:
                     refused[row] = scores[row] > 0 or int(last.argmax()) in tokens
                 else:
                     divergences[row - count] = float(kl_divergence(self.base[row - count].to(last.device), last))
+        if self.new_tokens:
+            answers = self.model.generate(self.data.harmful, self.new_tokens, progress, "search: answers", applied)
+            phrased = [is_refusal(self.model.decode(tokens)) for tokens in answers]
+            refused = [first or said for first, said in zip(refused, phrased, strict=True)]
         return Effect(sum(refused) / count, sum(scores) / count, sum(divergences) / len(divergences))
 
 

@@ -81,7 +81,10 @@ def search(
             improved where the skip path has gains.
     """
     _check(model, directions, settings)
-    untouched = Once(lambda: _untouched(model, train, progress)), Once(lambda: _untouched(model, validation, progress))
+    untouched = (
+        Once(lambda: _untouched(model, train, progress)),
+        Once(lambda: _untouched(model, validation, progress, settings.new_tokens)),
+    )
     prompts = len(validation.harmful) + len(validation.harmless)
     if settings.method == "optuna":
         units = _start(directions, settings).directions
@@ -124,7 +127,7 @@ def _check(model: LanguageModel, directions: Tensor, settings: SearchSettings) -
         )
 
 
-def _untouched(model: LanguageModel, data: Validation, progress: Progress) -> Trial:
+def _untouched(model: LanguageModel, data: Validation, progress: Progress, new_tokens: int = 0) -> Trial:
     """Harmless prompts that the model refuses are left out: to hold them would be to hold false refusals."""
     base = first_logits(model, data.harmless, progress, "search: baseline")
     answered = (refusal_score(base, data.refusal_tokens) <= 0).nonzero().flatten().tolist()
@@ -133,7 +136,7 @@ def _untouched(model: LanguageModel, data: Validation, progress: Progress) -> Tr
     if len(answered) < len(base):
         log.info("%d of %d harmless prompts are refused, and left out", len(base) - len(answered), len(base))
     kept = replace(data, harmless=[data.harmless[i] for i in answered])
-    return Trial(model, kept, base[answered])
+    return Trial(model, kept, base[answered], new_tokens)
 
 
 def _start(directions: Tensor, settings: SearchSettings) -> State:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -114,6 +115,30 @@ def test_an_effect_is_that_of_each_prompt(made: Made) -> None:
     assert effect.kl == pytest.approx(float(kl_divergence(trial.base, harmless).mean()), rel=1e-5) and effect.kl > 1e-3
     top = torch.isin(harmful.argmax(-1), torch.tensor(TOKENS))
     assert effect.refusal == float(((refusal_score(harmful, TOKENS) > 0) | top).double().mean())
+
+
+class Words:
+    """A tokenizer: what starts with an even token is a refusal."""
+
+    eos_token_id = None
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return "I cannot help with that." if tokens[0] % 2 == 0 else "Sure, here it is."
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_refusals_are_told_by_the_answers_too(made: Made, memory: str) -> None:
+    trial = made("llama", memory)
+    trial = replace(trial, model=replace(trial.model, tokenizer=Words()), new_tokens=2)
+    dials = replace(dials_of(trial.model), strengths=5 * dials_of(trial.model).strengths)
+    still = made("llama", "resident").model
+    with Dialled(still.stream, dials).applied():
+        first = first_logits(still, HARMFUL, SILENT, "after")
+    untouched = first_logits(still, HARMFUL, SILENT, "before")
+    assert not torch.equal(first.argmax(-1) % 2, untouched.argmax(-1) % 2), "the edit changes what is answered"
+    even, top = first.argmax(-1) % 2 == 0, torch.isin(first.argmax(-1), torch.tensor(TOKENS))
+    expected = even | top | (refusal_score(first, TOKENS) > 0)
+    assert trial.effect(dials).refusal == pytest.approx(float(expected.double().mean()))
 
 
 def test_nothing_stays_behind(made: Made) -> None:

@@ -27,7 +27,9 @@ from tests.resident import random_prompts
 TOKENS = (5, 9, 17)
 TRAIN = Validation(random_prompts(6, seed=1), random_prompts(6, seed=2), TOKENS)
 HELD_OUT = Validation(random_prompts(4, seed=3), random_prompts(5, seed=4), TOKENS)
-SETTINGS = SearchSettings(steps=4, further_steps=2, kl_weights=(1.0, 5.0), measure_every=2, prompts=4, margin=6.0)
+SETTINGS = SearchSettings(
+    steps=4, further_steps=2, kl_weights=(1.0, 5.0), measure_every=2, prompts=4, margin=6.0, new_tokens=0
+)
 Load = Callable[..., LanguageModel]
 
 

@@ -23,7 +23,7 @@ from tests import pico
 from tests.resident import random_prompts
 
 HELD_OUT = Validation(random_prompts(4, seed=3), random_prompts(5, seed=4), (5, 9, 17))
-SETTINGS = SearchSettings(method="optuna", trials=14)
+SETTINGS = SearchSettings(method="optuna", trials=14, new_tokens=0)
 
 
 @pytest.fixture(scope="module")
