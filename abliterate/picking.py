@@ -10,7 +10,7 @@ from abliterate.calibration.chat import ChatFormat
 from abliterate.calibration.model import LanguageModel
 from abliterate.cutting import candidates_span, found_by_search, pairs_span, per_layer, search_settings, uniform
 from abliterate.direction.means import Directions
-from abliterate.direction.refusal_tokens import RefusalTokens
+from abliterate.direction.refusal_tokens import RefusalTokens, other_starts
 from abliterate.direction.scoring import ScoreSheet, Validation
 from abliterate.direction.screening import Selection, choose_direction
 from abliterate.direction.search import search
@@ -88,7 +88,8 @@ class Picking:
         """Strengths for the layers' own directions, found by optimisation."""
         settings = search_settings(self.recipe.search)
         sets = self._validation("train"), self._validation("validation")
-        result = search(model, start.bases[1:, 0], *sets, settings, self.progress, self.stages)
+        others = other_starts(model, self.tokens)
+        result = search(model, start.bases[1:, 0], *sets, settings, self.progress, self.stages, others)
         trials = tuple(Trial(p.refusal, p.bypass, p.kl, p.step, p.weight) for p in result.points)
         log.info("search: %s", result.reason)
         found = Search(trials, result.front, result.pick, result.reason, result.passes)

@@ -51,12 +51,15 @@ class Trial:
 
     Attributes:
         base: logits [harmless prompts, vocabulary] of the untouched model.
+        others: tokens beside the refusal tokens that refusals may start with once these are closed to the model; the
+            loss counts them, the score does not.
         new_tokens: of answers in which refusals are also looked for by phrase; 0 goes by the first token alone.
     """
 
     model: LanguageModel
     data: Validation
     base: Tensor
+    others: tuple[int, ...] = ()
     new_tokens: int = 0
 
     def pull(
@@ -119,7 +122,7 @@ class Trial:
         return calls, kinds
 
     def _refusal(self, margin: float, logits: Tensor) -> Tensor:
-        return softplus(refusal_score(logits, self.data.refusal_tokens) + margin)
+        return softplus(refusal_score(logits, [*self.data.refusal_tokens, *self.others]) + margin)
 
     def _divergence(self, numbers: Sequence[int], logits: Tensor) -> Tensor:
         return kl_divergence(self.base[list(numbers)].to(logits.device), logits)

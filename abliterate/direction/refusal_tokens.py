@@ -24,6 +24,10 @@ FAMILIES = (
 )
 
 
+STARTS = ("I", "As", "Sorry")
+"""Words that start refusals in most models: where a model's own start is closed to it, it refuses with another."""
+
+
 @dataclass(frozen=True)
 class RefusalTokens:
     """Ids of the tokens that start refusals, their texts, and where the list comes from.
@@ -73,6 +77,13 @@ def find_refusal_tokens(
 def named_refusal_tokens(model: LanguageModel, words: Sequence[str]) -> RefusalTokens:
     """The first token of each word that the recipe lists."""
     return _named(model, tuple(dict.fromkeys(_first_id(model, word) for word in words)), "recipe")
+
+
+def other_starts(model: LanguageModel, known: RefusalTokens) -> tuple[int, ...]:
+    """First tokens that a refusal may fall back on; none where the recipe says which tokens count."""
+    if known.source == "recipe":
+        return ()
+    return tuple(dict.fromkeys(token for word in STARTS if (token := _first_id(model, word)) not in known.ids))
 
 
 def _named(model: LanguageModel, ids: tuple[int, ...], source: str) -> RefusalTokens:

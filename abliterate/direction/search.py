@@ -68,12 +68,14 @@ def search(
     settings: SearchSettings,
     progress: Progress = SILENT,
     stages: Stages = NO_STAGES,
+    others: tuple[int, ...] = (),
 ) -> SearchResult:
     """Improves strengths and directions, and measures them on the way.
 
     Args:
         directions: [layers, hidden] to start from: what writers of each layer give up, at the end of the stream.
         train: prompts that gradients are taken on; `validation`: those that points are measured on.
+        others: tokens that refusals may fall back on, see `Trial`.
         stages: keeps every measured point, so that a search that was interrupted goes on.
 
     Raises:
@@ -82,8 +84,8 @@ def search(
     """
     _check(model, directions, settings)
     untouched = (
-        Once(lambda: _untouched(model, train, progress)),
-        Once(lambda: _untouched(model, validation, progress, settings.new_tokens)),
+        Once(lambda: _untouched(model, train, progress, others)),
+        Once(lambda: _untouched(model, validation, progress, new_tokens=settings.new_tokens)),
     )
     prompts = len(validation.harmful) + len(validation.harmless)
     if settings.method == "optuna":
@@ -127,7 +129,9 @@ def _check(model: LanguageModel, directions: Tensor, settings: SearchSettings) -
         )
 
 
-def _untouched(model: LanguageModel, data: Validation, progress: Progress, new_tokens: int = 0) -> Trial:
+def _untouched(
+    model: LanguageModel, data: Validation, progress: Progress, others: tuple[int, ...] = (), new_tokens: int = 0
+) -> Trial:
     """Harmless prompts that the model refuses are left out: to hold them would be to hold false refusals."""
     base = first_logits(model, data.harmless, progress, "search: baseline")
     answered = (refusal_score(base, data.refusal_tokens) <= 0).nonzero().flatten().tolist()
@@ -136,7 +140,7 @@ def _untouched(model: LanguageModel, data: Validation, progress: Progress, new_t
     if len(answered) < len(base):
         log.info("%d of %d harmless prompts are refused, and left out", len(base) - len(answered), len(base))
     kept = replace(data, harmless=[data.harmless[i] for i in answered])
-    return Trial(model, kept, base[answered], new_tokens)
+    return Trial(model, kept, base[answered], others, new_tokens)
 
 
 def _start(directions: Tensor, settings: SearchSettings) -> State:

@@ -117,6 +117,19 @@ def test_an_effect_is_that_of_each_prompt(made: Made) -> None:
     assert effect.refusal == float(((refusal_score(harmful, TOKENS) > 0) | top).double().mean())
 
 
+def test_other_starts_count_in_the_loss_and_not_in_the_score(made: Made) -> None:
+    trial = made("llama", "resident")
+    with_others = replace(trial, others=(40, 41))
+    dials = dials_of(trial.model)
+    with Dialled(trial.model.stream, dials).applied():
+        logits = first_logits(trial.model, [HARMFUL[i] for i in ROWS[0]], SILENT, "after")
+    wanted = torch.nn.functional.softplus(refusal_score(logits, [*TOKENS, 40, 41]) + MARGIN).mean()
+    found = with_others.pull(dials, ROWS, MARGIN, directions=False)
+    assert found.losses[0] == pytest.approx(float(wanted), rel=1e-4)
+    assert found.losses[0] > trial.pull(dials, ROWS, MARGIN, directions=False).losses[0]
+    assert with_others.effect(dials) == trial.effect(dials)
+
+
 class Words:
     """A tokenizer: what starts with an even token is a refusal."""
 

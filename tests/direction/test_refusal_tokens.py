@@ -15,6 +15,7 @@ from abliterate.direction.refusal_tokens import (
     RefusalTokens,
     find_refusal_tokens,
     named_refusal_tokens,
+    other_starts,
 )
 from abliterate.errors import CalibrationError
 from tests.resident import byte_tokenizer
@@ -124,6 +125,13 @@ def test_words_of_a_recipe() -> None:
     tokens = named_refusal_tokens(model, ["I cannot", "Sorry", "I", "xyz"])
     assert tokens.source == "recipe" and tokens.texts == ("I", "Sorry", "x")
     assert tokens.ids == (*ids("I"), *ids("Sorry"), *ids("x"))
+
+
+def test_what_a_refusal_may_fall_back_on() -> None:
+    model = Scripted(None, TOKENIZER, None, None, 1)  # type: ignore[arg-type]
+    known = RefusalTokens(tuple(ids("Sorry")), ("Sorry",), "completions")
+    assert other_starts(model, known) == (*ids("I"), *ids("As"))
+    assert other_starts(model, named_refusal_tokens(model, ["Sure"])) == ()
 
 
 def test_words_do_not_start_with_the_tokenizers_bos() -> None:
