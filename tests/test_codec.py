@@ -51,11 +51,11 @@ def same(left: Any, right: Any) -> bool:
             math.copysign(1, right),
         )
     if isinstance(left, Tensor):
-        bits = [
-            tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor[None].view(torch.uint8)
-            for tensor in (left, right)
-        ]
-        return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*bits)
+        if left.dtype != right.dtype or left.shape != right.shape:
+            return False
+        # without elements there are no bits, and strides may be anything
+        bits = [tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (left, right) if tensor.numel()]
+        return not bits or torch.equal(*bits)
     if isinstance(left, dict):
         return len(left) == len(right) and all(
             same(a, c) and same(b, d) for (a, b), (c, d) in zip(left.items(), right.items(), strict=True)
