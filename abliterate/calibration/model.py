@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from abliterate.calibration.hooks import Steer, Stream, on_input, steered
-from abliterate.calibration.lockstep import Call
+from abliterate.calibration.lockstep import Call, T
 from abliterate.calibration.runner import Bar, Resident, Runner
 from abliterate.calibration.tour import failing, run
 from abliterate.errors import CalibrationError
@@ -102,9 +102,6 @@ def stacked(taken: dict[int, Tensor], layers: int) -> Tensor:
     last = max(taken)
     found = {i: taken[next((j for j in range(i, last + 1) if j in taken), last)] for i in range(layers)}
     return torch.stack([found[i] for i in range(layers)], dim=2)
-
-
-T = TypeVar("T")
 
 
 def _within(inside: Callable[[], AbstractContextManager[None]], call: Call[T]) -> T:

@@ -1,4 +1,4 @@
-"""Tensors from disk in blocks of rows, with plain reads: memory is one block, whatever the tensor's size."""
+"""Tensors from disk: in blocks of rows, with plain reads (memory is one block, whatever the size), whole, or mapped."""
 
 import mmap
 import os

@@ -1,19 +1,16 @@
 """Losses of an edit by degrees, and which way they pull its strengths and directions."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from abliterate.calibration.backward import gradients_at
 from abliterate.calibration.dials import Dialled, Dials, Slopes
 from abliterate.calibration.lockstep import Call
-from abliterate.calibration.model import LanguageModel, Tokens
-from abliterate.calibration.spool import frugal
+from abliterate.calibration.model import LanguageModel
+from abliterate.direction.descent import gradients, shares
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.scoring import Validation
 from abliterate.direction.substrings import is_refusal
@@ -62,6 +59,11 @@ class Trial:
     others: tuple[int, ...] = ()
     new_tokens: int = 0
 
+    @property
+    def prompts(self) -> int:
+        """How many go through the model for an effect; those that are answered count twice."""
+        return len(self.data.harmful) * (2 if self.new_tokens else 1) + len(self.data.harmless)
+
     def pull(
         self,
         dials: Dials,
@@ -78,48 +80,18 @@ class Trial:
         """
         calls, kinds = self._calls(rows, margin)
         slopes = Slopes(Dialled(self.model.stream, dials), len(calls), directions)
-        everything = list(range(len(calls)))
-        losses = [0.0] * len(calls)
-        # Streamed weights are read once for all; in memory, the graph of one batch at a time is enough.
-        for numbers in [everything] if self.model.runner.streamed else [[number] for number in everything]:
-            found = self._gradients([calls[number] for number in numbers], slopes, numbers, advance)
-            for number, loss in zip(numbers, found, strict=True):
-                losses[number] = float(loss)
+        losses = gradients(self.model, calls, slopes.add, slopes.dialled.change, advance)
         return Pull(
             (_sum(losses, kinds, 0), _sum(losses, kinds, 1)),
             _by_kind(slopes.strengths, kinds),
             None if slopes.directions is None else _by_kind(slopes.directions, kinds),
         )
 
-    def _gradients(
-        self, calls: Sequence[Call[Tensor]], slopes: Slopes, numbers: Sequence[int], advance: Advance
-    ) -> list[Tensor]:
-        """Losses of some calls, their gradients added to the slopes under the calls' numbers."""
-        model = self.model
-        with frugal() if model.runner.streamed else nullcontext():
-            return gradients_at(
-                model.runner.weights(model.stream.layers),
-                model.stream.writers,
-                calls,
-                lambda call, number, output, gradient: slopes.add(numbers[call], number, output, gradient),
-                advance,
-                model.runner.spool,
-                slopes.dialled.change,
-                again=model.runner.streamed,
-            )
-
     def _calls(self, rows: tuple[Sequence[int], Sequence[int]], margin: float) -> tuple[list[Call[Tensor]], list[int]]:
         """Batches of harmful prompts and of harmless ones; each gives its share of the mean loss."""
-        calls: list[Call[Tensor]] = []
-        kinds: list[int] = []
-        for kind, (prompts, chosen) in enumerate(zip((self.data.harmful, self.data.harmless), rows, strict=True)):
-            for places in self.model.batches([prompts[i] for i in chosen]):
-                numbers = [chosen[i] for i in places]
-                given = [prompts[i] for i in numbers]
-                loss = partial(self._divergence, numbers) if kind else partial(self._refusal, margin)
-                calls.append(partial(_share, loss, given, self.model, len(chosen)))
-                kinds.append(kind)
-        return calls, kinds
+        harmful = shares(self.model, self.data.harmful, rows[0], lambda _, logits: self._refusal(margin, logits))
+        harmless = shares(self.model, self.data.harmless, rows[1], self._divergence)
+        return [*harmful, *harmless], [0] * len(harmful) + [1] * len(harmless)
 
     def _refusal(self, margin: float, logits: Tensor) -> Tensor:
         return softplus(refusal_score(logits, [*self.data.refusal_tokens, *self.others]) + margin)
@@ -145,10 +117,6 @@ class Trial:
             phrased = [is_refusal(self.model.decode(tokens)) for tokens in answers]
             refused = [first or said for first, said in zip(refused, phrased, strict=True)]
         return Effect(sum(refused) / count, sum(scores) / count, sum(divergences) / len(divergences))
-
-
-def _share(loss: Callable[[Tensor], Tensor], prompts: Sequence[Tokens], model: LanguageModel, count: int) -> Tensor:
-    return loss(model.logits(prompts)).sum() / count
 
 
 def _by_kind(slopes: Tensor, kinds: Sequence[int]) -> Tensor:

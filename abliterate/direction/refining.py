@@ -8,25 +8,19 @@ of its own (Adam): a few entries of the stream are far larger than all others, a
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from abliterate.calibration.backward import gradients_at
 from abliterate.calibration.lockstep import Call
 from abliterate.calibration.model import LanguageModel, Tokens
-from abliterate.calibration.spool import frugal
+from abliterate.direction.descent import Moments, adam, gradients, rows_of, shares, tangent
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT, Progress
-
-_FIRST, _SECOND, _LEAST = 0.8, 0.95, 1e-12
-"""Of Adam (Kingma & Ba 2015): shares of the old moments that stay, and what keeps their quotient finite."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +74,15 @@ def refined(
     """
     kept = _kept(model, aim, progress)
     r = _unit(start.double())
-    moment, square = torch.zeros_like(r), torch.zeros_like(r)
+    moments = Moments.zero(r)
     found: list[Tensor] = []
-    for step in progress.track(range(1, steps + 1), "refining", steps, "step"):
+    for step in progress.track(range(steps), "refining", steps, "step"):
         counts = ((aim.answered, descent.prompts), (kept.prompts, 3 * descent.prompts // 2))
-        rows = tuple(_rows(prompts, step, count, descent.seed) for prompts, count in counts)
-        slope = _across(_slope(model, r.float(), _losses(model, aim, kept, rows, descent)), r)
-        moment = _FIRST * moment + (1 - _FIRST) * slope
-        square = _SECOND * square + (1 - _SECOND) * slope.square()
-        sizes = (square / (1 - _SECOND**step)).sqrt() + _LEAST
-        rate = descent.rate * (1 + math.cos(math.pi * (step - 1) / steps)) / 2 / math.sqrt(len(r))
-        r = _unit(r - rate * _across(moment / (1 - _FIRST**step) / sizes, r))
+        rows = [rows_of(prompts, step, count, descent.seed) for prompts, count in counts]
+        slope = tangent(_slope(model, r.float(), _losses(model, aim, kept, rows, descent)), r)
+        moments, move = adam(moments, slope, slope.square(), step + 1)
+        rate = descent.rate * (1 + math.cos(math.pi * step / steps)) / 2 / math.sqrt(len(r))
+        r = _unit(r - rate * tangent(move, r))
         found.append(r.float())
     return found
 
@@ -123,70 +115,31 @@ def _losses(
 ) -> list[Call[Tensor]]:
     """Shares of the loss on prompts of each kind, batch by batch."""
 
-    def refusal(_numbers: list[int], logits: Tensor) -> Tensor:
+    def refusal(_: Sequence[int], logits: Tensor) -> Tensor:
         return softplus(refusal_score(logits, aim.refusal_tokens) + descent.margin)
 
-    def divergence(numbers: list[int], logits: Tensor) -> Tensor:
-        return descent.kl_weight * kl_divergence(kept.logits[numbers].to(logits.device), logits)
+    def divergence(numbers: Sequence[int], logits: Tensor) -> Tensor:
+        return descent.kl_weight * kl_divergence(kept.logits[list(numbers)].to(logits.device), logits)
 
-    calls: list[Call[Tensor]] = []
-    for prompts, chosen, loss in zip((aim.answered, kept.prompts), rows, (refusal, divergence), strict=True):
-        for places in model.batches([prompts[i] for i in chosen]):
-            numbers = [chosen[i] for i in places]
-            calls.append(partial(_share, model, loss, numbers, [prompts[i] for i in numbers], len(chosen)))
-    return calls
-
-
-def _share(
-    model: LanguageModel,
-    loss: Callable[[list[int], Tensor], Tensor],
-    numbers: list[int],
-    prompts: Sequence[Tokens],
-    count: int,
-) -> Tensor:
-    return loss(numbers, model.logits(prompts)).sum() / count
+    return [*shares(model, aim.answered, rows[0], refusal), *shares(model, kept.prompts, rows[1], divergence)]
 
 
 def _slope(model: LanguageModel, r: Tensor, calls: Sequence[Call[Tensor]]) -> Tensor:
     """Gradient [hidden] fp64 of the calls' sum: with o an output of a writer and g the gradient at what goes on of it,
     it is -((r . o) g + (g . r) o), summed over tokens and writers.
     """
-    streamed, total = model.runner.streamed, torch.zeros(len(calls), len(r), dtype=torch.float64)
+    total = torch.zeros(len(calls), len(r), dtype=torch.float64)
 
-    def change(_number: int, output: Tensor) -> Tensor:
+    def change(_writer: int, output: Tensor) -> Tensor:
         unit = r.to(output.device, output.dtype)
         return output - (output @ unit)[..., None] * unit
 
-    def seen(numbers: Sequence[int], call: int, _writer: int, output: Tensor, gradient: Tensor) -> None:
+    def seen(call: int, _writer: int, output: Tensor, gradient: Tensor) -> None:
         output, gradient, unit = output.float().flatten(0, -2), gradient.float().flatten(0, -2), r.to(output.device)
-        total[numbers[call]] -= ((output @ unit) @ gradient + (gradient @ unit) @ output).cpu().double()
+        total[call] -= ((output @ unit) @ gradient + (gradient @ unit) @ output).cpu().double()
 
-    everything = list(range(len(calls)))
-    # Streamed weights are read once for all; in memory, the graph of one batch at a time is enough.
-    for numbers in [everything] if streamed else [[number] for number in everything]:
-        with frugal() if streamed else nullcontext():
-            gradients_at(
-                model.runner.weights(model.stream.layers),
-                model.stream.writers,
-                [calls[number] for number in numbers],
-                partial(seen, numbers),
-                lambda amount=1: None,
-                model.runner.spool,
-                change,
-                again=streamed,
-            )
+    gradients(model, calls, seen, change)
     return total.sum(0)
-
-
-def _rows(prompts: Sequence[Tokens], step: int, count: int, seed: int) -> list[int]:
-    """Numbers of the prompts of a step: in a random order, and round again."""
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted = min(count, len(order))
-    return [order[((step - 1) * wanted + i) % len(order)] for i in range(wanted)]
-
-
-def _across(vector: Tensor, unit: Tensor) -> Tensor:
-    return vector - (vector @ unit) * unit
 
 
 def _unit(vector: Tensor) -> Tensor:

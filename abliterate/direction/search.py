@@ -7,14 +7,15 @@ the edit is measured on validation prompts; only what was measured there can be 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from abliterate.calibration.dials import KINDS, Dials
-from abliterate.calibration.model import LanguageModel, Tokens
+from abliterate.calibration.model import LanguageModel
+from abliterate.direction.descent import Moments, adam, rows_of, tangent
 from abliterate.direction.points import Point, SearchResult, SearchSettings, result_of
 from abliterate.direction.pulls import Pull, Trial
 from abliterate.direction.score import refusal_score
@@ -26,17 +27,6 @@ from abliterate.progress import SILENT, Progress
 from abliterate.stages import NO_STAGES, Once, Stages
 
 log = logging.getLogger(__name__)
-
-_FIRST, _SECOND, _LEAST = 0.8, 0.95, 1e-12
-"""Of Adam (Kingma & Ba 2015): shares of the old moments that stay, and what keeps their quotient finite."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Running means of a gradient and of its square."""
-
-    first: Tensor
-    second: Tensor
 
 
 @dataclass(frozen=True)
@@ -87,11 +77,11 @@ def search(
         Once(lambda: _untouched(model, train, progress, others)),
         Once(lambda: _untouched(model, validation, progress, new_tokens=settings.new_tokens)),
     )
-    prompts = len(validation.harmful) + len(validation.harmless)
     if settings.method == "optuna":
         units = _start(directions, settings).directions
         points = try_curves(untouched[1], units, settings, progress, stages)
-        return result_of(points, settings.most_refused, len(points) * prompts + len(validation.harmless))
+        each = len(validation.harmful) * (2 if settings.new_tokens else 1) + len(validation.harmless)
+        return result_of(points, settings.most_refused, len(points) * each + len(validation.harmless))
     states = _descend(untouched, _start(directions, settings), settings, progress, stages)
     points = [state.point for state in states if state.point is not None]
     passes = (states[-1].passes if states else 0) + len(train.harmless) + len(validation.harmless)
@@ -146,8 +136,8 @@ def _untouched(
 def _start(directions: Tensor, settings: SearchSettings) -> State:
     units = directions.float() / directions.float().norm(dim=-1, keepdim=True)
     strengths = torch.full((len(units), len(KINDS)), settings.start)
-    zeros = tuple(Moments(torch.zeros_like(of).double(), torch.zeros_like(of).double()) for of in (strengths, units))
-    return State(0, settings.kl_weights[0], strengths, units, (zeros[0], zeros[1]), None, 0)
+    moments = Moments.zero(strengths), Moments.zero(units)
+    return State(0, settings.kl_weights[0], strengths, units, moments, None, 0)
 
 
 def _plan(settings: SearchSettings) -> Iterator[tuple[float, int]]:
@@ -170,7 +160,8 @@ def _advance(
     """Some steps, and a point."""
     train, validation = untouched[0](), untouched[1]()
     for _ in progress.track(range(steps), f"search: KL weight {weight:g}", steps, "step"):
-        rows = tuple(_rows(p, state.step, settings) for p in (train.data.harmful, train.data.harmless))
+        sets = train.data.harmful, train.data.harmless
+        rows = [rows_of(prompts, state.step, settings.prompts, settings.seed) for prompts in sets]
         dials = Dials(state.strengths, state.directions)
         pull = train.pull(dials, (rows[0], rows[1]), settings.margin, settings.optimise_directions)
         log.debug("step %d: losses %s", state.step, pull.losses)
@@ -178,40 +169,19 @@ def _advance(
     effect = validation.effect(Dials(state.strengths, state.directions), progress)
     log.info("step %d: %.3f refused at KL %.4f", state.step, effect.refusal, effect.kl)
     point = Point(state.strengths, state.directions, effect.refusal, effect.bypass, effect.kl, state.step, state.weight)
-    return replace(state, point=point, passes=state.passes + len(validation.data.harmful) + len(validation.base))
-
-
-def _rows(prompts: Sequence[Tokens], step: int, settings: SearchSettings) -> list[int]:
-    """Numbers of the prompts of a step: in a random order, and round again."""
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    count = min(settings.prompts, len(order))
-    return [order[(step * count + i) % len(order)] for i in range(count)]
+    return replace(state, point=point, passes=state.passes + validation.prompts)
 
 
 def _moved(state: State, pull: Pull, settings: SearchSettings) -> State:
     """One step down the slope: strengths within their bounds, directions along the sphere."""
     step = state.step + 1
     strengths, slope = state.strengths, pull.strengths[0] + state.weight * pull.strengths[1]
-    moments, move = _adam(state.moments[0], slope, slope.square(), step)
+    moments, move = adam(state.moments[0], slope, slope.square(), step)
     strengths = (strengths - settings.rate * move.float()).clamp(0, settings.max_strength)
     if pull.directions is None:
         return replace(state, step=step, strengths=strengths, moments=(moments, state.moments[1]))
-    slope = _tangent(pull.directions[0] + state.weight * pull.directions[1], state.directions)
-    turning, turn = _adam(state.moments[1], slope, slope.square().sum(-1, keepdim=True), step)
-    turned = state.directions.double() - settings.direction_rate * _tangent(turn, state.directions)
+    slope = tangent(pull.directions[0] + state.weight * pull.directions[1], state.directions)
+    turning, turn = adam(state.moments[1], slope, slope.square().sum(-1, keepdim=True), step)
+    turned = state.directions.double() - settings.direction_rate * tangent(turn, state.directions)
     units = (turned / turned.norm(dim=-1, keepdim=True)).float()
     return replace(state, step=step, strengths=strengths, directions=units, moments=(moments, turning))
-
-
-def _adam(moments: Moments, slope: Tensor, square: Tensor, step: int) -> tuple[Moments, Tensor]:
-    """Moments that took up a slope, and the step they stand for at a rate of 1."""
-    first = _FIRST * moments.first + (1 - _FIRST) * slope
-    second = _SECOND * moments.second + (1 - _SECOND) * square
-    move = first / (1 - _FIRST**step) / ((second / (1 - _SECOND**step)).sqrt() + _LEAST)
-    return Moments(first, second), move
-
-
-def _tangent(vectors: Tensor, units: Tensor) -> Tensor:
-    """Vectors [layers, hidden] less what they have along the unit vectors."""
-    r = units.double()
-    return vectors - (vectors * r).sum(-1, keepdim=True) * r

@@ -64,7 +64,7 @@ def comparison_table(comparison: Comparison) -> RenderableType:
     for row in _all(comparison):
         rates = [_below(_rate(e), _rate_interval(e)) for e in (row.refusals, row.over_refusals, row.look_alike)]
         kl = _below(_nats(row.kl), _nats_interval(row.kl))
-        verdict = Text(row.certificate, "red" if row.certificate == "failed" else "")
+        verdict = Text(_verdict(row), "red" if row.certificate == "failed" else "")
         label = Text(f"{row.recipe} *" if row.on_front else row.recipe)
         cells = [label, *rates, kl, Text(significant(row.cross_entropy)), Text(_time(row)), verdict]
         table.add_row(*cells, style="bold" if row.best else "")
@@ -140,7 +140,12 @@ def _cells(row: ComparisonRow) -> list[str]:
     rates = [_beside(_rate(e), _rate_interval(e)) for e in (row.refusals, row.over_refusals, row.look_alike)]
     kls = [_beside(_nats(e), _nats_interval(e)) for e in (row.kl, row.kl_answered)]
     loss = significant(row.cross_entropy, 4)
-    return [row.recipe, *rates, *kls, loss, percent(row.degenerate), _time(row), row.certificate]
+    return [row.recipe, *rates, *kls, loss, percent(row.degenerate), _time(row), _verdict(row)]
+
+
+def _verdict(row: ComparisonRow) -> str:
+    """Of an edit: the base has none, nor has a recipe that could not be made."""
+    return MISSING if row.kl is None else row.certificate
 
 
 def _triple(estimate: Estimate) -> tuple[float, float, float]:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from picocheckpoint import tensors, write
+from picocheckpoint import entry, forge, tensors, write
 
 from abliterate.checkpoint.files import open_checkpoint
+from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.read import StoredTensor, bytes_of, iter_blocks, read_tensor
 from abliterate.errors import CheckpointError
 
@@ -80,3 +81,12 @@ def test_a_stored_tensor_is_read_when_asked_for_and_no_file_changes_with_it(tmp_
     assert bytes_of(found) == bytes_of(expected)
     found.reshape(-1).view(torch.uint8).fill_(7)
     assert shard.path.read_bytes() == before
+
+
+def test_a_stored_tensor_that_lies_at_an_odd_byte_is_read(tmp_path: Path) -> None:
+    data = bytes(range(1, 20))
+    header = read_header(
+        forge(tmp_path / "odd.safetensors", {"a": entry([3], 0, 3, "BOOL"), "b": entry([2, 2], 3, 19)}, data)
+    )
+    found = StoredTensor(header, header.tensors["b"])[...]
+    assert found.data_ptr() % 4 == 0 and bytes(bytes_of(found)) == data[3:]

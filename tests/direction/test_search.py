@@ -15,8 +15,9 @@ from abliterate.checkpoint.locate import Source
 from abliterate.codec import decode, encode
 from abliterate.direction.points import SearchResult, SearchSettings
 from abliterate.direction.pulls import Trial
+from abliterate.direction.score import refusal_score
 from abliterate.direction.scoring import Validation
-from abliterate.direction.search import search
+from abliterate.direction.search import _untouched, search
 from abliterate.errors import SelectionError
 from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT
@@ -171,3 +172,18 @@ def test_every_prompt_has_its_turn(load: Load, monkeypatch: pytest.MonkeyPatch) 
     run(load(), replace(SETTINGS, steps=3, kl_weights=(1.0,)))
     for kind in (0, 1):
         assert sorted(row for rows in taken for row in rows[kind]) == sorted([*range(6)] * 2)
+
+
+def test_refusals_of_harmless_prompts_are_not_held(load: Load) -> None:
+    base = first_logits(load(), TRAIN.harmless, SILENT, "base")
+    likeliest = base[0].argsort(descending=True).tolist()
+    several = (tuple(likeliest[:count]) for count in range(1, len(likeliest)))
+    tokens = next(some for some in several if len(set((refusal_score(base, some) > 0).tolist())) == 2)
+    data = replace(TRAIN, refusal_tokens=tokens)
+    kept = (refusal_score(base, tokens) <= 0).nonzero().flatten().tolist()
+    trial = _untouched(load(), data, SILENT)
+    assert list(trial.data.harmless) == [TRAIN.harmless[i] for i in kept] and trial.data.harmful == TRAIN.harmful
+    torch.testing.assert_close(trial.base, base[kept], atol=1e-5, rtol=1e-4)
+    everything = replace(TRAIN, refusal_tokens=tuple(range(base.shape[-1] - 1)))
+    with pytest.raises(SelectionError, match="refuses every harmless prompt"):
+        _untouched(load(), everything, SILENT)

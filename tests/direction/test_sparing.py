@@ -15,7 +15,7 @@ from abliterate.direction.means import Directions, difference, mean_hidden
 from abliterate.direction.refining import Descent, refined
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.selection import Thresholds
-from abliterate.direction.sparing import FINALISTS, Refining, Sets, apart, choose_sparing
+from abliterate.direction.sparing import FINALISTS, SCREENED, Refining, Sets, _screen, apart, choose_sparing
 from abliterate.errors import SelectionError
 from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT
@@ -96,3 +96,22 @@ def test_refining_is_picked_where_it_is_better(
 def test_no_false_refusal(model: LanguageModel, directions: Directions) -> None:
     with pytest.raises(SelectionError, match="refuses none of the look-alikes"):
         choose_sparing(model, directions, sets(10, (0,)), Thresholds())
+
+
+def test_what_takes_true_refusals_is_screened_out(model: LanguageModel, directions: Directions) -> None:
+    """The order is that of scores left on look-alikes and lost on harmful prompts, measured one by one."""
+    data = sets(10)
+    keys = [(p, layer) for p in range(-4, 0) for layer in range(directions.grid.shape[1])]
+    base = torch.cat([first_logits(model, part, SILENT, "base") for part in (data.look_alike, data.harmful)])
+    scores = refusal_score(base, TOKENS)
+    few = [(part > 0).nonzero().flatten()[:SCREENED].tolist() for part in scores.split(len(data.look_alike))]
+    texts = [[data.look_alike[i] for i in few[0]], [data.harmful[i] for i in few[1]]]
+    assert texts[0] and texts[1]
+    before = scores[len(data.look_alike) :][few[1]]
+
+    def cost(key: tuple[int, int]) -> float:
+        left, kept = (refusal_score(ablated(model, part, directions.unit(*key)), TOKENS).clamp_min(0) for part in texts)
+        return float(left.mean() + (before - kept).clamp_min(0).mean())
+
+    whole = torch.cat([base, first_logits(model, data.harmless, SILENT, "base")])
+    assert _screen(model, directions, data, whole, keys, SILENT) == sorted(keys, key=cost)[:FINALISTS]

@@ -333,9 +333,10 @@ def save_adapter(model: PeftModel, out: Path, settings: Settings) -> None:
     (out / "README.md").unlink(missing_ok=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", default=ADAPTER)
+def run(doc: str | None, default: Path, train: Callable[[Settings, Path], PeftModel], settings: Settings) -> None:
+    """The command line of a script that trains an adapter."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("out", type=Path, nargs="?", default=default)
     parser.add_argument(
         "--cache", type=Path, help="folder for the wheel and the completions (default: a temporary one)"
     )
@@ -343,8 +344,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with cache_folder(args.cache) as cache:
-        save_adapter(train(Settings(), cache), args.out, Settings())
+        save_adapter(train(settings, cache), args.out, settings)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, ADAPTER, train, Settings())

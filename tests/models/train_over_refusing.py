@@ -8,14 +8,12 @@ It has no readers of its own and writes along one direction, so that a method th
 again: orthogonal to the first one's and to where most of the stream is, large on look-alikes, small on what is held.
 """
 
-import argparse
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from gguf_weights import cache_folder
 from peft import PeftModel
 from safetensors.torch import load_file
 from subject import ADAPTER, ADAPTER_FILES, OVER_REFUSING, SUBJECTS, WRITERS, load_subject
@@ -31,7 +29,7 @@ from train_adapter import (
     read_lines,
     read_prompts,
     refused_examples,
-    save_adapter,
+    run,
     teach,
     writes,
 )
@@ -148,18 +146,5 @@ def train(settings: Settings, cache: Path) -> PeftModel:
     return teach(subject, taught, held, settings, rng, objective, quiet(subject, some, settings))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", default=OVER_REFUSING)
-    parser.add_argument(
-        "--cache", type=Path, help="folder for the wheel and the completions (default: a temporary one)"
-    )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    with cache_folder(args.cache) as cache:
-        save_adapter(train(SETTINGS, cache), args.out, SETTINGS)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, OVER_REFUSING, train, SETTINGS)
