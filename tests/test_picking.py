@@ -62,6 +62,6 @@ def test_a_search_knows_what_refusals_fall_back_on(directions: Directions, monke
     monkeypatch.setattr(picking, "other_starts", lambda model, known: (40, 41, *known.ids))
     found = picking_of("search", monkeypatch).pick(MODEL, directions)
     assert given[2:4] == ["train", "validation"] and given[-1] == (40, 41, 7)
-    assert torch.equal(given[1], found.cut.bases.new_tensor(directions.grid[-1, [1, 2, 2]]))
+    torch.testing.assert_close(given[1], torch.stack([directions.unit(-1, layer) for layer in (1, 2, 2)]))
     assert found.search is not None and found.search.points[0].kl == 0.01
     assert torch.equal(found.cut.bases[1:, 0], point.directions) and found.cut.strengths.unique().numel() == 1

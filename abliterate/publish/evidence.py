@@ -70,7 +70,7 @@ METRICS = (
     Metric("cross_entropy", "loss on neutral text", "nats"),
     Metric("cross_entropy_answers", "loss on the base's answers", "nats"),
     Metric("kl_first_token", "KL from the base, first token", "nats"),
-    Metric("kl_first_token_answered", "the same, where the base does not refuse", "nats"),
+    Metric("kl_first_token_answered", "the same, where the base answers", "nats"),
     Metric("kl_answers", "KL from the base, {kl_tokens} tokens", "nats"),
     Metric("top1_agreement", "first token as the base's", "rate", "prompts_harmless"),
     Metric("top1_agreement_answers", "{kl_tokens} tokens as the base's", "rate"),
