@@ -161,7 +161,7 @@ def test_quiet_prints_nothing(base: Path, given_direction: tuple[str, ...], tmp_
 @pytest.mark.parametrize(("flag", "level"), [("-v", logging.INFO), ("-q", logging.ERROR), (None, logging.WARNING)])
 def test_how_much_is_said(base: Path, flag: str | None, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(cli, "_print_plan", lambda *_: seen.append(terminal.log.level))
+    monkeypatch.setattr("abliterate.commands.plan.print_plan_as", lambda *_: seen.append(terminal.log.level))
     run_here("plan", base, *([flag] if flag else []))
     assert seen == [level]
 
@@ -258,7 +258,7 @@ def test_every_end_is_one_line(
     def fail(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(cli, "_print_plan", fail)
+    monkeypatch.setattr("abliterate.commands.plan.print_plan_as", fail)
     ran = run_here("plan", base)
     assert (ran.code, ran.out) == (code, "")
     assert ran.err.startswith(message) and ran.err.strip().count("\n") == 0
@@ -268,7 +268,7 @@ def test_a_fault_of_our_own_is_not_hidden(base: Path, monkeypatch: pytest.Monkey
     def fail(*_: object) -> None:
         raise RuntimeError("a mistake in the code")
 
-    monkeypatch.setattr(cli, "_print_plan", fail)
+    monkeypatch.setattr("abliterate.commands.plan.print_plan_as", fail)
     with pytest.raises(RuntimeError, match="a mistake in the code"):
         run_here("plan", base)
 

@@ -1,0 +1,87 @@
+"""`abliterate convert`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from abliterate.commands.given import print_plan_as, recipe_from, run_options_from
+from abliterate.errors import AbliterateError
+from abliterate.options import (
+    exhaustive_option,
+    inexact_option,
+    json_option,
+    max_new_tokens_option,
+    prompt_options,
+    recipe_option,
+    revision_option,
+    run_options,
+    voice_options,
+)
+from abliterate.terminal import loading, telling_what_is_left
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@recipe_option
+@revision_option
+@prompt_options
+@click.option(
+    "--direction",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Use the direction in this file (tensor `direction` [hidden]); nothing is calibrated.",
+)
+@exhaustive_option
+@run_options
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace OUT if it is there, and drop what another command left unfinished."
+)
+@inexact_option
+@click.option("--no-evaluate", is_flag=True, help="Leave out the evaluation before and after.")
+@max_new_tokens_option
+@click.option("--no-hash", is_flag=True, help="Leave out sha256 of the weights; `verify` cannot compare them then.")
+@json_option
+@voice_options
+def convert(
+    model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: bool, as_json: bool, **given: Any
+) -> None:
+    """Find the refusal direction of MODEL, project it out of its weights, write OUT, and prove the result.
+
+    A run that was stopped, whatever stopped it, is continued by the same command.
+    """
+    with telling_what_is_left(out):
+        _convert(model, out, dry_run, overwrite, no_evaluate, as_json, given)
+
+
+def _convert(
+    model: str, out: Path, dry_run: bool, overwrite: bool, no_evaluate: bool, as_json: bool, given: Mapping[str, Any]
+) -> None:
+    with loading():
+        from abliterate import conversion, dryrun
+
+    common: dict[str, Any] = {
+        "recipe": recipe_from(given),
+        "revision": given["revision"],
+        "direction": given["direction"],
+        "options": run_options_from(given),
+        "evaluate": not no_evaluate,
+    }
+    if dry_run:
+        would = dryrun.dry_run(model, out, overwrite=overwrite, **common)
+        print_plan_as(would.plan, would.checkpoint, as_json)
+        if not as_json:
+            click.echo(f"dry run: {would.summary}; nothing was written")
+        return
+    result = conversion.convert(model, out, overwrite=overwrite, **common)
+    if as_json:
+        click.echo(conversion.to_json(result))
+    elif not given["quiet"]:
+        from abliterate.publish.summary import print_conversion
+
+        print_conversion(result.manifest, str(result.folder))
+    if not result.holds:
+        raise AbliterateError(f"certificate failed: {result.certificate.failure}; see {result.folder}")
