@@ -11,7 +11,8 @@ from transformers import Cache
 
 from abliterate.calibration.hooks import first_tensor, replace_first
 from abliterate.calibration.lockstep import Call, Layer, Weights, lockstep
-from abliterate.calibration.spool import Spool, frugal
+from abliterate.calibration.spool import Spool
+from abliterate.malloc import frugal
 from abliterate.progress import SILENT, Advance, Progress
 
 T = TypeVar("T")

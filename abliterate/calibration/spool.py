@@ -1,22 +1,15 @@
 """Tensors that outgrow memory: in files without names, mapped, so that the system can put them out of memory."""
 
-import ctypes
-import functools
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from abliterate.checkpoint.diskio import disk_errors
 
-_MMAP_THRESHOLD = -3
-"""M_MMAP_THRESHOLD of glibc's malloc.h."""
 LEAST_BYTES = 64 << 10
 """What is smaller stays in memory: a mapping of its own would cost more."""
 
@@ -38,39 +31,6 @@ def mapped(folder: Path, size: int) -> Tensor:
         finally:
             os.close(fd)
             Path(name).unlink()
-
-
-@contextmanager
-def frugal() -> Iterator[None]:
-    """Has the C library take large pieces of memory from the system, and return each as soon as it is freed.
-
-    Afterwards it keeps them for the next time, up to the size that it comes to keep by itself.
-    """
-    library = _glibc()
-    if library is None:
-        yield
-        return
-    library.mallopt(_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        library.mallopt(_MMAP_THRESHOLD, 32 << 20)
-
-
-def give_back() -> None:
-    """Has it return what else it holds of freed memory: that of one layer would lie beside the next one's."""
-    library = _glibc()
-    if library is not None:
-        library.malloc_trim(0)
-
-
-@functools.cache
-def _glibc() -> Any:
-    try:
-        library = ctypes.CDLL(None)
-        return library if library.malloc_trim and library.mallopt else None
-    except (OSError, AttributeError, TypeError):  # another C library
-        return None
 
 
 @dataclass(frozen=True)

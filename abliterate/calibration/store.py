@@ -17,10 +17,11 @@ from transformers import GenerationConfig
 from abliterate.architecture.blueprint import Place, model_class, quiet, read_blueprint, read_config
 from abliterate.architecture.conversion import Filler
 from abliterate.architecture.writer import layer_of
-from abliterate.calibration.spool import give_back, mapped
+from abliterate.calibration.spool import mapped
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.read import StoredTensor, iter_blocks
 from abliterate.errors import AbliterateError, CheckpointError, first_line
+from abliterate.malloc import give_back
 
 log = logging.getLogger(__name__)
 

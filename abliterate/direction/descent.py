@@ -11,7 +11,7 @@ from torch import Tensor
 from abliterate.calibration.backward import gradients_at
 from abliterate.calibration.lockstep import Call
 from abliterate.calibration.model import LanguageModel, Tokens
-from abliterate.calibration.spool import frugal
+from abliterate.malloc import frugal
 from abliterate.progress import Advance
 
 _FIRST, _SECOND, _LEAST = 0.8, 0.95, 1e-12

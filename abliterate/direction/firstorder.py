@@ -15,8 +15,8 @@ from torch import Tensor
 from abliterate.calibration.backward import gradients_at
 from abliterate.calibration.lockstep import Call
 from abliterate.calibration.model import LanguageModel, Tokens
-from abliterate.calibration.spool import frugal
 from abliterate.direction.score import refusal_score
+from abliterate.malloc import frugal
 from abliterate.progress import SILENT, Progress
 
 

@@ -73,21 +73,3 @@ def test_the_budget_is_of_all_that_wait(tmp_path: Path) -> None:
     value = torch.zeros(1000, dtype=torch.float32)
     assert not Spool(tmp_path, 40_000).outgrows(value, 10) and Spool(tmp_path, 40_000).outgrows(value, 11)
     assert not Spool(tmp_path, 0).outgrows(torch.empty(9, device="meta"), 10**9)
-
-
-def test_the_allocator_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rewrite in the same process would else take every block from the system."""
-    asked: list[tuple[int, int]] = []
-
-    class Library:
-        def mallopt(self, name: int, value: int) -> None:
-            asked.append((name, value))
-
-    monkeypatch.setattr(spool, "_glibc", Library)
-    with pytest.raises(ValueError, match="midway"), spool.frugal():
-        assert asked == [(-3, 1 << 20)]
-        raise ValueError("midway")
-    assert asked[1:] == [(-3, 32 << 20)]
-    monkeypatch.setattr(spool, "_glibc", lambda: None)
-    with spool.frugal():
-        spool.give_back()
