@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from abliterate.calibration.load import pick_device, pick_dtype
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.prompts import PromptSplit
 from abliterate.certify.certificate import Certificate
@@ -299,7 +300,9 @@ def _facts(job: Job, evaluation: Evaluation | None) -> tuple[tuple[str, str], ..
     prompts = job.prompts
     sets = (("harmful", prompts.harmful), ("harmless", prompts.harmless), ("look-alike", prompts.look_alike))
     facts = [(f"{name} prompts", _sizes(split)) for name, split in sets]
-    facts.append(("precision", f"{job.options.dtype}, on {job.options.device}"))
+    device = pick_device(job.options.device)
+    dtype = str(pick_dtype(job.options.dtype, device, job.subject.stored_dtype)).removeprefix("torch.")
+    facts.append(("precision", f"{dtype} on {device.type}; certificates in float32"))
     if evaluation is not None:
         facts.append(("answers", f"greedy, up to {evaluation.max_new_tokens} tokens, judged by phrase and not kept"))
     facts.append(("time", "from activations to edited weights, what recipes share counted for each"))

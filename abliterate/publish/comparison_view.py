@@ -8,7 +8,7 @@ from rich.text import Text
 
 from abliterate.publish.charts import png
 from abliterate.publish.comparison import Comparison, ComparisonRow, Estimate, to_record
-from abliterate.publish.figures import MISSING, percent, significant
+from abliterate.publish.figures import MISSING, claim_of, percent, significant
 from abliterate.publish.html import Chart, Grid, Page, Section, render_page
 from abliterate.publish.manifest import plain_values
 from abliterate.publish.markdown import plain
@@ -118,13 +118,20 @@ def comparison_page(comparison: Comparison) -> str:
     return render_page(Page(title, f"{len(comparison.rows)} recipes, the edit in the weights", lead, shown, footer))
 
 
+_PROVED = {
+    "holds": "certificate holds for what the recipe removes",
+    "not exact": "nothing is certified",
+    "failed": "certificate failed",
+}
+
+
 def remarks_of(comparison: Comparison) -> list[str]:
     """The best and why; what certificates do not promise; notes; degenerate completions."""
     lines = []
     for row in sorted(_all(comparison), key=lambda row: not row.best):
         told = [row.note] if row.note else []
-        if row.certificate in ("not exact", "failed", "holds") and row.claim:
-            told.append(f"certificate {row.certificate}: {row.claim}")
+        if row.certificate in _PROVED and row.claim:
+            told.append(f"{_PROVED[row.certificate]}: {claim_of({'claim': row.claim})}")
         if row.degenerate:
             told.append(f"{percent(row.degenerate)} of completions degenerate")
         if told:
