@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from abliterate.hub.explain import client_log, explained
-from abliterate.hub.parcel import CARD, Parcel, checked
+from abliterate.hub.parcel import CARD, Parcel, checked, pack
 from abliterate.hub.repository import Destination, Repository, look, page_of, prepare
 from abliterate.hub.upload import Landed, Upload, client_bars, message_of
 from abliterate.progress import SILENT, Progress
@@ -75,14 +75,15 @@ def push(folder: Path | str, to: Destination, *, progress: Progress = SILENT, dr
         dry_run: check everything, ask the Hub, and change nothing there.
 
     Raises:
-        CheckpointError: the folder is not fit to be pushed: see `abliterate.hub.parcel.checked`.
+        CheckpointError: the folder is not fit to be pushed: see `abliterate.hub.parcel`.
         HubError: the Hub refuses, or cannot be reached; nothing was committed.
     """
     with client_log(), client_bars(progress.visible):
+        parcel = pack(Path(folder))
         if dry_run:
-            return _foreseen(checked(Path(folder), progress), to)
+            return _foreseen(checked(parcel, progress), to)
         repository = prepare(to)
-        parcel = checked(Path(folder), progress)
+        parcel = checked(parcel, progress)
         say_what_is_special(parcel)
         _check_card(parcel, repository)
         landed = Upload(repository, repository.state()).commit(parcel.items, message_of(parcel))

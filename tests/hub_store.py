@@ -117,9 +117,11 @@ class Store:
     """All that the server has.
 
     Attributes:
-        token: that is taken. `writable`: names that it may write to.
+        token: that is taken.
+        writable: names that it may write to. `part_bytes`: larger files come in pieces of that size; 0 for none do.
+        slow: seconds for every block that comes. `ignored`: names that the .gitignore has.
         large: large files by sha256. `stored`: how often each came whole. `parts`: of files that come in pieces.
-        seen: requests, as `METHOD path`. `received`: bytes of large files, whole or not. `spoken`: tokens that came.
+        seen: requests, as `METHOD path`. `received`: bytes of large files, whole or not.
     """
 
     url: str = ""
@@ -135,11 +137,23 @@ class Store:
     seen: list[str] = field(default_factory=list)
     received: int = 0
     ignored: str = r"(?!)"
+    pace: threading.Event = field(default_factory=threading.Event)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def fault(self, request: str) -> Fault | None:
         with self.lock:
             return next((fault for fault in self.faults if fault.hits(request)), None)
+
+    def complete(self, name: str, wanted: dict[str, bytes], revision: str = "main") -> bool:
+        """Whether a repository holds those files, to the byte, beside what it began with."""
+        found = {path: blob.content for path, blob in self.repositories[name].files(revision).items()}
+        first = {".gitattributes": found.get(".gitattributes", b"")}
+        return found == first | wanted
+
+    def half_made(self, name: str, wanted: dict[str, bytes]) -> list[str]:
+        """Commits after the first that hold less, or something else."""
+        repository = self.repositories.get(name)
+        return [commit for commit in (repository.log if repository else []) if not self.complete(name, wanted, commit)]
 
     def keep(self, oid: str, content: bytes) -> bool:
         """Keeps a large file, if it is what its name says."""

@@ -5,7 +5,6 @@ import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -82,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _GoneError
             content += block
             if large:
-                time.sleep(self.store.slow)
+                self.store.pace.wait(self.store.slow)
                 with self.store.lock:
                     self.store.received += len(block)
             if cut is not None and len(content) >= cut:
@@ -176,6 +175,15 @@ def _tree(on: _Handler, name: str, revision: str, _body: bytes) -> Answer:
     repository = on.repository(name)
     files = repository.files(on.revision(repository, revision))
     return _json([blob.entry(path) for path, blob in sorted(files.items())])
+
+
+def _folder(on: _Handler, name: str, revision: str, folder: str, _body: bytes) -> Answer:
+    repository = on.repository(name)
+    files = repository.files(on.revision(repository, revision))
+    inside = {path: blob for path, blob in sorted(files.items()) if path.startswith(f"{folder}/")}
+    if not inside:
+        raise _RefusedError(404, "EntryNotFound", "no such folder")
+    return _json([blob.entry(path) for path, blob in inside.items()])
 
 
 def _branch(on: _Handler, name: str, branch: str, body: bytes) -> Answer:
@@ -303,6 +311,7 @@ ROUTES: dict[str, Callable[..., Answer]] = {
     rf"GET /api/models/{NAME}": _info,
     rf"GET /api/models/{NAME}/revision/([^/]+)": _info,
     rf"GET /api/models/{NAME}/tree/([^/]+)/?": _tree,
+    rf"GET /api/models/{NAME}/tree/([^/]+)/(.+)": _folder,
     rf"POST /api/models/{NAME}/branch/([^/]+)": _branch,
     rf"POST /api/models/{NAME}/preupload/([^/]+)": _preupload,
     rf"POST /api/models/{NAME}/commit/([^/]+)": _commit,
@@ -321,7 +330,7 @@ def uploads() -> Iterator[Store]:
     store = Store()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"store": store}))
     store.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield store

@@ -7,7 +7,7 @@ import click
 
 from abliterate.options import json_option, private_option, voice_options
 from abliterate.progress import Progress
-from abliterate.terminal import echo_json, loading, set_up_logging
+from abliterate.terminal import echo_json, loading, set_up_logging, telling
 
 
 @click.command()
@@ -31,7 +31,9 @@ def push(folder: Path, repository: str, dry_run: bool, as_json: bool, **given: A
 
     set_up_logging(given)
     to = destination(repository, given["revision"], given["private"], given["create_pr"])
-    result = pushing.push(folder, to, progress=Progress(False if given["quiet"] else None), dry_run=dry_run)
+    progress = Progress(False if given["quiet"] else None)
+    with telling("run the same command again to continue"):
+        result = pushing.push(folder, to, progress=progress, dry_run=dry_run)
     if as_json:
         echo_json(result.as_dict())
     elif not given["quiet"]:

@@ -164,9 +164,9 @@ class _Forward(logging.Handler):
 def client_log() -> Iterator[None]:
     """The Hub client's messages go through the tool's log while this lasts."""
     client = logging.getLogger("huggingface_hub")
-    before = client.handlers[:]
-    client.handlers[:] = [_Forward()]
+    handlers, propagate = client.handlers[:], client.propagate
+    client.handlers[:], client.propagate = [_Forward()], False
     try:
         yield
     finally:
-        client.handlers[:] = before
+        client.handlers[:], client.propagate = handlers, propagate

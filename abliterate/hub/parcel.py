@@ -93,32 +93,14 @@ def item_of(path: Path, name: str, sha256: str | None = None) -> Item:
     return Item(name, path, status.st_size, sha256, (status.st_ino, status.st_mtime_ns))
 
 
-def checked(folder: Path, progress: Progress) -> Parcel:
-    """Reads a converted checkpoint, and hashes every file of it.
-
-    Raises:
-        CheckpointError: it was not converted by this tool, its certificate failed, files are missing, or they are not
-            what the manifest says.
-    """
-    if folder.resolve().name.endswith(FAILED):
-        raise CheckpointError(f"{folder} is what a conversion left whose certificate failed; it is not pushed")
-    parcel = pack(folder)
-    with progress.bar("check files", parcel.nbytes, "B") as advance:
-        parcel = replace(parcel, items=tuple(item.hashed(advance) for item in parcel.items))
-    differing = list(_differing(parcel))
-    if differing:
-        raise CheckpointError(
-            f"files of {folder} are not what its manifest says: {_some(differing)}; convert the base model again"
-        )
-    return parcel
-
-
 def pack(folder: Path) -> Parcel:
     """The files of a converted checkpoint, without hashing any.
 
     Raises:
-        CheckpointError: as `checked`, but for what hashes tell.
+        CheckpointError: it was not converted by this tool, its certificate failed, or files are missing.
     """
+    if folder.resolve().name.endswith(FAILED):
+        raise CheckpointError(f"{folder} is what a conversion left whose certificate failed; it is not pushed")
     manifest = read_manifest(folder)
     _refuse_unsound(folder, manifest)
     try:
@@ -133,6 +115,22 @@ def pack(folder: Path) -> Parcel:
         )
     items = tuple(item_of(there[name], name) for name in sorted(wanted))
     return Parcel(folder, items, tuple(sorted(there.keys() - wanted)), manifest)
+
+
+def checked(parcel: Parcel, progress: Progress) -> Parcel:
+    """The same with every file hashed, and found to be what the manifest says.
+
+    Raises:
+        CheckpointError: files are not what it says.
+    """
+    with progress.bar("check files", parcel.nbytes, "B") as advance:
+        parcel = replace(parcel, items=tuple(item.hashed(advance) for item in parcel.items))
+    differing = list(_differing(parcel))
+    if differing:
+        raise CheckpointError(
+            f"files of {parcel.folder} are not what its manifest says: {_some(differing)}; convert the base model again"
+        )
+    return parcel
 
 
 def accounted(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[str]:

@@ -27,7 +27,7 @@ from abliterate.hub.parcel import Item, Parcel
 from abliterate.hub.repository import Repository, State
 
 log = logging.getLogger(__name__)
-SMALL = 10_000_000
+SMALL = 1_000_000
 """Bytes of a file that is gone before anybody waits for it."""
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """What transformers calls weights: those that are replaced go with the commit, or two checkpoints would lie mixed."""
@@ -178,7 +178,7 @@ class Upload:
 
 
 def _parts(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Files to send together: all by Xet, which has its own order; otherwise one by one, so that Ctrl-C ends at once."""
+    """Files to send together: all by Xet, which has its own order; else one by one, so that Ctrl-C ends at once."""
     small = [item for item in items if item.size < SMALL or _by_xet()]
     if small:
         yield small
