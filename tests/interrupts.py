@@ -45,12 +45,13 @@ class Trial:
     """One command, interrupted until it is done.
 
     Attributes:
-        words: the command. `out`: what is to be there in the end.
+        words: the command. `out`: what is to be there in the end. `said`: where messages of the last run are.
         store: the Hub. `seconds`: what an undisturbed run takes.
     """
 
     words: list[str]
     out: Path
+    said: Path
     store: Store
     seconds: float
     chance: random.Random
@@ -81,9 +82,9 @@ class Trial:
         self.tally.runs += 1
         own = {"HF_ENDPOINT": self.store.url, "HF_TOKEN": self.store.token, "HF_HUB_OFFLINE": "0"}
         environment = {**os.environ, **own, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-        self.said = tempfile.TemporaryFile()
         command = [sys.executable, "-m", "abliterate", *self.words]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=self.said)
+        with self.said.open("wb") as said:
+            return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
 
     def cut(self) -> int:
         """The Hub hangs up once, somewhere in the middle; the run goes on by itself, or ends."""
@@ -122,8 +123,7 @@ class Trial:
 
     def look(self, status: int, kind: str) -> None:
         """The end was a clean one, and no commit is half-made."""
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").strip().splitlines()
+        lines = self.said.read_text(errors="replace").strip().splitlines()
         repository = self.store.repositories.get(NAME)
         if repository and len(repository.log) > 1:
             self.tally.faults.append(f"{len(repository.log)} commits after {kind}")
@@ -159,7 +159,7 @@ def tried(room: Path, folder: Path | None, convert: bool, times: int, seed: int)
         with uploads() as store:
             store.slow, store.part_bytes = 0.001, (0, 500_000)[number % 2]
             words, out = command(room, folder, convert, number)
-            trial = Trial(words, out, store, 4.0, chance, tally)
+            trial = Trial(words, out, room / "said.txt", store, 4.0, chance, tally)
             used += trial.until_done(times - used)
         print(f"{used} of {times} interruptions, {len(tally.faults)} faults", end="\r", file=sys.stderr, flush=True)
     return tally
