@@ -119,6 +119,7 @@ class Store:
     Attributes:
         token: that is taken.
         writable: names that it may write to. `part_bytes`: larger files come in pieces of that size; 0 for none do.
+        awaited: files that may come by Xet, by sha256. `xorb_bytes`: that came so.
         slow: seconds for every block that comes. `ignored`: names that the .gitignore has.
         large: large files by sha256. `stored`: how often each came whole. `parts`: of files that come in pieces.
         seen: requests, as `METHOD path`. `received`: bytes of large files, whole or not.
@@ -138,6 +139,8 @@ class Store:
     received: int = 0
     ignored: str = r"(?!)"
     pace: threading.Event = field(default_factory=threading.Event)
+    awaited: dict[str, bytes] = field(default_factory=dict)
+    xorb_bytes: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def fault(self, request: str) -> Fault | None:

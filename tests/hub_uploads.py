@@ -4,7 +4,9 @@ import base64
 import json
 import re
 import socket
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -72,6 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(no.status, json.dumps({"error": no.message}).encode(), {k: v for k, v in headers.items() if v})
 
     def _body(self, fault: Fault | None) -> bytes:
+        if self.headers.get("transfer-encoding") == "chunked":
+            return self._chunks()
         left, large = int(self.headers.get("content-length", 0)), self.command == "PUT"
         cut = fault.cut if fault is not None and not fault.status and not fault.late else None
         content = bytearray()
@@ -89,6 +93,15 @@ class _Handler(BaseHTTPRequestHandler):
         if cut is not None:
             self._hang_up()
         return bytes(content)
+
+    def _chunks(self) -> bytes:
+        """A body of unknown length."""
+        content = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
 
     def _hang_up(self) -> None:
         self.connection.shutdown(socket.SHUT_RDWR)
@@ -287,6 +300,29 @@ def _validate(_on: _Handler, body: bytes) -> Answer:
     return _json({"errors": errors, "warnings": []}, 400 if bad else 200)
 
 
+def _xet_token(on: _Handler, name: str, _revision: str, _body: bytes) -> Answer:
+    on.repository(name, write="create_pr" not in on.query)
+    end = int(time.time()) + 3600
+    facts = {"casUrl": f"{on.store.url}/cas", "exp": end, "accessToken": "xet-s3cr3t"}
+    headers = {"X-Xet-Cas-Url": facts["casUrl"], "X-Xet-Token-Expiration": str(end), "X-Xet-Access-Token": "xet-s3cr3t"}
+    return _json(facts, 200, **headers)
+
+
+def _xorb(on: _Handler, _hash: str, body: bytes) -> Answer:
+    with on.store.lock:
+        on.store.xorb_bytes += len(body)
+    return _json({"was_inserted": True})
+
+
+def _shard(on: _Handler, body: bytes) -> Answer:
+    """What was sent by Xet, chunk by chunk, is put together here: known by its name, taken from what is awaited."""
+    for oid, content in on.store.awaited.items():
+        words = struct.pack(">4Q", *struct.unpack("<4Q", bytes.fromhex(oid)))
+        if words in body and oid not in on.store.large:
+            on.store.keep(oid, content)
+    return _json({"result": 1})
+
+
 def _resolve(on: _Handler, name: str, revision: str, path: str, _body: bytes) -> Answer:
     repository = on.repository(name)
     commit = on.revision(repository, revision)
@@ -320,6 +356,9 @@ ROUTES: dict[str, Callable[..., Answer]] = {
     r"PUT /part/([0-9a-f]+)/(\d+)": _put_part,
     r"POST /complete/([0-9a-f]+)": _complete,
     rf"POST /verify/{NAME}": _verify,
+    rf"GET /api/models/{NAME}/xet-write-token/([^/]+)": _xet_token,
+    r"POST /cas/v1/xorbs/default/([0-9a-f]+)": _xorb,
+    r"POST /cas/v1/shards": _shard,
     rf"GET|HEAD /{NAME}/resolve/([^/]+)/(.+)": _resolve,
 }
 

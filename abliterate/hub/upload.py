@@ -12,9 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -178,16 +177,15 @@ class Upload:
 
 
 def _parts(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Files to send together: all by Xet, which has its own order; else one by one, so that Ctrl-C ends at once."""
-    small = [item for item in items if item.size < SMALL or _by_xet()]
+    """Files to send together: small ones; others on their own, so that each is found again once it has arrived.
+
+    By Xet, what was sent is known to be there from the end of a call on, and not before; without it, Ctrl-C would have
+    to wait for all files that are on their way.
+    """
+    small = [item for item in items if item.size < SMALL]
     if small:
         yield small
-    yield from ([item] for item in items if item not in small)
-
-
-def _by_xet() -> bool:
-    """Whether the client sends chunk by chunk (hf_xet), of which it leaves out those that are there."""
-    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+    yield from ([item] for item in items if item.size >= SMALL)
 
 
 def _operation(item: Item) -> CommitOperationAdd:
