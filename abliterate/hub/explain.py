@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ AGAIN = "run the same command again: what has arrived is not sent twice"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 PASSING = frozenset({429, 500, 502, 503, 504})
 """Answers after which the same request may succeed."""
+_TOLD = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
+"""How hf_xet tells of an answer, in errors without one."""
 TRIES, FIRST_WAIT, LONGEST_WAIT = 5, 1.0, 300.0
 
 
@@ -52,6 +55,8 @@ def status_of(error: BaseException) -> int | None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(status, int):
             return status
+        if told := _TOLD.search(str(cause)):
+            return int(told[1])
         cause = cause.__cause__
     return None
 
