@@ -61,7 +61,7 @@ class Trial:
         """Interrupts at most so often; returns how often."""
         used = 0
         while used < most:
-            kind = self.chance.choice(["kill -9", "kill -9", "Ctrl-C", "cut"])
+            kind = self.chance.choice(["kill -9", "Ctrl-C", "cut"])
             status = self.cut() if kind == "cut" else self.stopped(kind)
             used += status != 0 or self.was_cut
             self.tally.kinds[kind] += status != 0 or self.was_cut

@@ -1,6 +1,7 @@
 """The repository that is pushed to: named, checked before any work, made where it is missing, and looked at."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,13 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from abliterate.checkpoint.locate import named, without_secrets
+from abliterate.checkpoint.locate import named
 from abliterate.errors import CheckpointError, HubError
 from abliterate.hub.explain import explained, patiently, status_of
 from abliterate.hub.parcel import Item
 
 log = logging.getLogger(__name__)
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 MAIN = constants.DEFAULT_REVISION
 
 
@@ -115,7 +117,7 @@ def _remote(entry: RepoFile) -> Remote:
 
 def page_of(destination: Destination) -> str:
     """The address of a repository, or of its branch; without a password that HF_ENDPOINT may hold."""
-    page = f"{without_secrets(constants.ENDPOINT)}/{destination.repo}"
+    page = f"{_PASSWORD.sub('', constants.ENDPOINT)}/{destination.repo}"
     return page if destination.branch == MAIN else f"{page}/tree/{destination.branch}"
 
 

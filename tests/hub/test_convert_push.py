@@ -82,6 +82,13 @@ def test_it_is_known_before_any_work_whether_it_can_be_pushed(
     assert ran.code == 1 and said in ran.err and ran.err.count("\n") == 1 and names(tmp_path) == []
 
 
+def test_a_commit_that_is_refused_costs_no_work(words: list[str], hub: Store, tmp_path: Path) -> None:
+    hub.faults = [Fault("/commit/", 403)]
+    ran = run_here(*words)
+    assert ran.code == 1 and "may not write" in ran.err and names(tmp_path) == [".out.abliterate-work"]
+    assert run_here(*words).code == 0 and hub.complete("org/name", snapshot(tmp_path / "out"))
+
+
 def test_a_hub_that_goes_away_costs_no_work(
     words: list[str], hub: Store, tmp_path: Path, naps: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:

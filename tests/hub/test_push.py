@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from tests.commandline import run_here, snapshot
 from tests.hub.conftest import settings
-from tests.hub_store import Blob, Repository, Store
+from tests.hub_store import Blob, Fault, Repository, Store
 
 
 def test_a_push_is_one_commit_and_the_link_is_printed(
@@ -196,3 +196,13 @@ def test_tokens_are_in_no_word_that_is_said(converted: Path, hub: Store, caplog:
     assert ran.code == 0 and "the token is that of tester" in caplog.text
     for word in (hub.token, "s3cr3t"):
         assert word not in caplog.text + ran.out + ran.err
+
+
+def test_a_token_of_another_form_that_the_hub_repeats(
+    converted: Path, hub: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.token = "plain-token-of-a-proxy"
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.faults = [Fault("repos/create", 418, headers={"X-Error-Message": f"what is {hub.token}?"})]
+    ran = run_here("push", converted, "org/name")
+    assert ran.code == 1 and "what is …?" in ran.err and hub.token not in ran.err
