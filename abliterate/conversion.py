@@ -41,7 +41,7 @@ from abliterate.publish.card import render_card
 from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_manifest
 from abliterate.publish.plot import plot_selection
 from abliterate.publish.searched import SEARCH_PLOT, search_plot
-from abliterate.pushing import Pushed, pushed
+from abliterate.pushing import Pushed, deliver
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.record import (
     EditRecord,
@@ -124,7 +124,7 @@ def convert(
         certificate, edited = prove(job, findings, staging.folder, journal)
         manifest = portable_manifest(describe(job, findings, written, certificate, edited))
         publish_files(job, findings, written, manifest, staging.folder, Path(out).resolve().name)
-        delivered = _deliver(sender, certificate, staging.folder)
+        delivered = deliver(sender, certificate.sound, staging.folder)
         return _finish(staging, certificate, manifest, delivered)
 
 
@@ -301,18 +301,6 @@ def publish_files(
     base_card = job.subject.folder / "README.md"
     text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else None
     (folder / "README.md").write_text(render_card(manifest, text, name), encoding="utf-8")
-
-
-def _deliver(sender: Courier | None, certificate: Certificate, folder: Path) -> Pushed | None:
-    """Commits a checkpoint that holds. It is not OUT yet: were it, a push that is stopped could not be continued."""
-    if sender is None:
-        return None
-    if not certificate.sound:
-        sender.stop()
-        log.warning("nothing was committed to %s", sender.repository.name)
-        return None
-    parcel, landed = sender.deliver(folder)
-    return pushed(parcel, sender.repository, landed)
 
 
 def _finish(

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from abliterate.hub.courier import Courier
 from abliterate.hub.explain import client_log, explained
 from abliterate.hub.parcel import CARD, Parcel, checked, pack
 from abliterate.hub.repository import Destination, Repository, look, page_of, prepare
@@ -88,6 +89,27 @@ def push(folder: Path | str, to: Destination, *, progress: Progress = SILENT, dr
         _check_card(parcel, repository)
         landed = Upload(repository, repository.state()).commit(parcel.items, message_of(parcel))
     return pushed(parcel, repository, landed)
+
+
+def deliver(sender: Courier | None, sound: bool, folder: Path) -> Pushed | None:
+    """Commits what a conversion has made, before it becomes OUT: after that, a stopped push could not be continued.
+
+    Args:
+        sender: who has sent shards by then; None where nothing is pushed.
+        sound: whether the certificate holds; nothing is committed where it does not.
+        folder: the finished checkpoint.
+
+    Raises:
+        HubError: nothing was committed.
+    """
+    if sender is None:
+        return None
+    if not sound:
+        sender.stop()
+        log.warning("nothing was committed to %s", sender.repository.name)
+        return None
+    parcel, landed = sender.deliver(folder)
+    return pushed(parcel, sender.repository, landed)
 
 
 def pushed(parcel: Parcel, repository: Repository, landed: Landed) -> Pushed:

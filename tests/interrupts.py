@@ -20,8 +20,9 @@ from pathlib import Path
 
 from tests import pico
 from tests.commandline import snapshot
+from tests.hub_request import BLOCK
 from tests.hub_store import Fault, Store
-from tests.hub_uploads import BLOCK, uploads
+from tests.hub_uploads import uploads
 
 NAME = "org/name"
 STILL = "error: "

@@ -203,6 +203,6 @@ def test_a_token_of_another_form_that_the_hub_repeats(
 ) -> None:
     hub.token = "plain-token-of-a-proxy"
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    hub.faults = [Fault("repos/create", 418, headers={"X-Error-Message": f"what is {hub.token}?"})]
+    hub.faults = [Fault("repos/create", 418, headers={"X-Error-Message": f"what is {hub.token} for"})]
     ran = run_here("push", converted, "org/name")
-    assert ran.code == 1 and "what is …?" in ran.err and hub.token not in ran.err
+    assert ran.code == 1 and "what is … for" in ran.err and hub.token not in ran.err
