@@ -1,7 +1,7 @@
 """Project the refusal direction out of a checkpoint, exactly, and prove it.
 
-The command line's verbs are functions here: `convert`, `find_direction`, `plan`, `verify`, `evaluate` and
-`audit_model`. They are loaded when first used, so that `import abliterate` costs nothing.
+The command line's verbs are functions here: `convert`, `find_direction`, `plan`, `push`, `verify`,
+`evaluate` and `audit_model`. They are loaded when first used, so that `import abliterate` costs nothing.
 """
 
 import importlib
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from abliterate.conversion import Conversion, convert
     from abliterate.errors import AbliterateError
     from abliterate.find import FoundDirection, find_direction
+    from abliterate.hub.repository import Destination, destination
     from abliterate.measuring import EvaluationReport, evaluate
     from abliterate.planning import plan
     from abliterate.progress import Progress
+    from abliterate.pushing import Pushed, push
     from abliterate.recipe import Recipe, load_recipe
     from abliterate.subject import RunOptions
     from abliterate.verification import Verification, verify
@@ -27,19 +29,23 @@ __all__ = [
     "AuditReport",
     "Certificate",
     "Conversion",
+    "Destination",
     "EvaluationReport",
     "FoundDirection",
     "Plan",
     "Progress",
+    "Pushed",
     "Recipe",
     "RunOptions",
     "Verification",
     "audit_model",
     "convert",
+    "destination",
     "evaluate",
     "find_direction",
     "load_recipe",
     "plan",
+    "push",
     "verify",
 ]
 
@@ -48,19 +54,23 @@ _HOMES = {
     "AuditReport": "auditing",
     "Certificate": "certify.certificate",
     "Conversion": "conversion",
+    "Destination": "hub.repository",
     "EvaluationReport": "measuring",
     "FoundDirection": "find",
     "Plan": "architecture.writer",
     "Progress": "progress",
+    "Pushed": "pushing",
     "Recipe": "recipe",
     "RunOptions": "subject",
     "Verification": "verification",
     "audit_model": "auditing",
     "convert": "conversion",
+    "destination": "hub.repository",
     "evaluate": "measuring",
     "find_direction": "find",
     "load_recipe": "recipe",
     "plan": "planning",
+    "push": "pushing",
     "verify": "verification",
 }
 

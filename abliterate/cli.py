@@ -12,6 +12,7 @@ from abliterate.commands.convert import convert
 from abliterate.commands.direction import direction
 from abliterate.commands.evaluate import evaluate
 from abliterate.commands.plan import plan
+from abliterate.commands.push import push
 from abliterate.commands.recipes import recipes
 from abliterate.commands.verify import verify
 from abliterate.terminal import run
@@ -26,7 +27,7 @@ def cli() -> None:
     """
 
 
-for _command in (audit, compare, convert, direction, evaluate, plan, recipes, verify):
+for _command in (audit, compare, convert, direction, evaluate, plan, push, recipes, verify):
     cli.add_command(_command)
 
 

@@ -19,7 +19,7 @@ from abliterate.checkpoint.files import DIRECTION_FILE, INDEX_SUFFIX
 from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.locate import Source, find
 from abliterate.checkpoint.output import Staging, check_target, tidy
-from abliterate.checkpoint.rewrite import rewrite_checkpoint
+from abliterate.checkpoint.rewrite import ShardRecord, rewrite_checkpoint
 from abliterate.describing import describe
 from abliterate.direction.files import direction_bytes, load_cut
 from abliterate.edit.cut import Cut
@@ -28,6 +28,9 @@ from abliterate.errors import ArchitectureError
 from abliterate.evaluation.metrics import evaluate_model
 from abliterate.evaluation.sets import EvaluationSet, Measured
 from abliterate.find import FoundDirection, find_in
+from abliterate.hub.courier import Courier, courier
+from abliterate.hub.repository import Destination
+from abliterate.hub.repository import prepare as prepare_repository
 from abliterate.identity import identity_of
 from abliterate.job import BaseFindings, Job, Written, command_of, output_bytes, unties
 from abliterate.journal import Journal
@@ -38,6 +41,7 @@ from abliterate.publish.card import render_card
 from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_manifest
 from abliterate.publish.plot import plot_selection
 from abliterate.publish.searched import SEARCH_PLOT, search_plot
+from abliterate.pushing import Pushed, deliver
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.record import (
     EditRecord,
@@ -58,12 +62,14 @@ class Conversion:
         folder: the checkpoint; `NAME.failed` beside the wanted place when the certificate failed.
         holds: whether the certificate holds (where part is left on purpose: whether writers lost what they should).
         manifest: what `abliteration.json` says.
+        pushed: what it came to on the Hub; None where it was not pushed.
     """
 
     folder: Path
     holds: bool
     certificate: Certificate
     manifest: Mapping[str, Any]
+    pushed: Pushed | None = None
 
 
 def convert(
@@ -76,6 +82,7 @@ def convert(
     options: RunOptions | None = None,
     evaluate: bool = True,
     overwrite: bool = False,
+    push_to: Destination | None = None,
 ) -> Conversion:
     """Converts a checkpoint.
 
@@ -86,6 +93,9 @@ def convert(
         direction: a safetensors file with a tensor `direction` [hidden]; nothing is calibrated then.
         evaluate: measure refusals, over-refusals, KL and loss before and after.
         overwrite: replace what is in `out`.
+        push_to: a repository of the Hub, which shards are sent to as they are finished; see
+            `abliterate.hub.repository.destination`. One commit names them once the certificate holds, and `out` comes
+            to be after it; none is made where it does not.
 
     Returns:
         The conversion; when its certificate fails the folder is `NAME.failed` and `holds` is False.
@@ -99,18 +109,23 @@ def convert(
     tidy(Path(out))
     check_target(Path(out), overwrite=overwrite, inputs=[local.folder] if local else [])
     options = options or RunOptions()
+    repository = prepare_repository(push_to) if push_to else None
     subject = open_subject(model, revision, options.trust_remote_code, options.inexact)
     job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
     progress, checkpoint = options.progress, job.subject.checkpoint
-    with working(Path(out), checkpoint, identity_of(job), overwrite=overwrite, progress=progress) as (staging, journal):
+    with (
+        working(Path(out), checkpoint, identity_of(job), overwrite=overwrite, progress=progress) as (staging, journal),
+        courier(repository, progress, output_bytes(job)) as sender,
+    ):
         check_space(staging.folder, output_bytes(job) - bytes_in(staging.folder))
         job = replace(job, options=replace(options, scratch=staging.folder))
         findings = study_base(job, journal)
-        written = write_edited(job, findings, staging.folder, journal)
+        written = write_edited(job, findings, staging.folder, journal, sender)
         certificate, edited = prove(job, findings, staging.folder, journal)
         manifest = portable_manifest(describe(job, findings, written, certificate, edited))
         publish_files(job, findings, written, manifest, staging.folder, Path(out).resolve().name)
-        return _finish(staging, certificate, manifest)
+        delivered = deliver(sender, certificate.sound, staging.folder)
+        return _finish(staging, certificate, manifest, delivered)
 
 
 def prepare(
@@ -198,7 +213,13 @@ def _evaluation_data(
     return evaluation_set(job.tongue, job.prompts, ids, longest, job.recipe.evaluation.kl_tokens)
 
 
-def write_edited(job: Job, findings: BaseFindings, folder: Path, journal: Journal | None = None) -> Written:
+def write_edited(
+    job: Job,
+    findings: BaseFindings,
+    folder: Path,
+    journal: Journal | None = None,
+    sender: Courier | None = None,
+) -> Written:
     """Shard in, shard out: writers edited, everything else carried over byte for byte; finished shards stay."""
     plan, checkpoint = job.subject.plan, job.subject.checkpoint
     untie = unties(job)
@@ -207,6 +228,16 @@ def write_edited(job: Job, findings: BaseFindings, folder: Path, journal: Journa
     options = job.options
     if journal is not None:
         keep_only(folder, journal.shards)
+
+    def done(record: ShardRecord) -> None:
+        if journal is not None:
+            journal.finish_shard(record)
+        if sender is not None:
+            sender.take(folder, record)
+
+    if sender is not None and journal is not None:
+        for record in journal.shards.values():
+            sender.take(folder, record)
     shards = rewrite_checkpoint(
         checkpoint,
         folder,
@@ -214,7 +245,7 @@ def write_edited(job: Job, findings: BaseFindings, folder: Path, journal: Journa
         copies,
         options.progress,
         options.hash_files,
-        done=journal.finish_shard if journal else None,
+        done=done,
         skip=journal.shards if journal else None,
     )
     if journal is not None:
@@ -272,11 +303,16 @@ def publish_files(
     (folder / "README.md").write_text(render_card(manifest, text, name), encoding="utf-8")
 
 
-def _finish(staging: Staging, certificate: Certificate, manifest: Mapping[str, Any]) -> Conversion:
+def _finish(
+    staging: Staging, certificate: Certificate, manifest: Mapping[str, Any], delivered: Pushed | None
+) -> Conversion:
     folder = staging.publish() if certificate.sound else staging.publish_failed()
-    return Conversion(folder, certificate.sound, certificate, manifest)
+    return Conversion(folder, certificate.sound, certificate, manifest, delivered)
 
 
 def to_json(conversion: Conversion) -> str:
     """The manifest and where the result is, for scripts."""
-    return json.dumps({"folder": str(conversion.folder), "holds": conversion.holds, **conversion.manifest}, indent=2)
+    result = {"folder": str(conversion.folder), "holds": conversion.holds, **conversion.manifest}
+    if conversion.pushed is not None:
+        result["pushed"] = conversion.pushed.as_dict()
+    return json.dumps(result, indent=2)

@@ -10,6 +10,8 @@ from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.glimpse import glimpse
 from abliterate.checkpoint.output import check_target
 from abliterate.conversion import prepare
+from abliterate.hub.explain import client_log
+from abliterate.hub.repository import Destination, look
 from abliterate.identity import identity_of
 from abliterate.job import Job, output_bytes
 from abliterate.recipe import Recipe
@@ -36,12 +38,14 @@ def dry_run(
     options: RunOptions | None = None,
     evaluate: bool = True,
     overwrite: bool = False,
+    push_to: Destination | None = None,
 ) -> DryRun:
     """Checks what `convert` would check before it loads any weight, OUT included, and touches nothing.
 
     Raises:
         AbliterateError: `convert` would fail in the same way.
     """
+    push = _push_summary(push_to) if push_to else None
     with glimpse(model, revision) as source:
         options = options or RunOptions()
         subject = subject_at(source, options.trust_remote_code, options.inexact)
@@ -50,9 +54,17 @@ def dry_run(
         whole = subject.source.model_id is None
         left = outlook(Path(out), identity_of(job), overwrite=overwrite, files=whole)
         check_space(next(parent for parent in Path(out).resolve().parents if parent.exists()), output_bytes(job))
-        return DryRun(
-            job.subject.plan, job.subject.checkpoint, "; ".join(filter(None, (_summary(job, Path(out)), left)))
-        )
+        words = filter(None, (_summary(job, Path(out)), left, push))
+        return DryRun(job.subject.plan, job.subject.checkpoint, "; ".join(words))
+
+
+def _push_summary(to: Destination) -> str:
+    """What would be pushed where; asks the Hub, and makes nothing there."""
+    with client_log():
+        found = look(to)
+    if found is None:
+        return f"{to.repo} would be made, {'public' if to.private is False else 'private'}, and the result pushed to it"
+    return f"the result would be pushed to {found.url} ({'private' if found.private else 'public'})"
 
 
 def _summary(job: Job, out: Path) -> str:

@@ -58,6 +58,10 @@ class OutputError(AbliterateError):
     """The output folder cannot be used, or writing to it failed."""
 
 
+class HubError(AbliterateError):
+    """The Hub cannot be reached, or does not take what it is sent; nothing half-made is left there."""
+
+
 def one_line(text: str) -> str:
     """Printable characters alone: blanks of any kind as a space, others as escapes, the middle cut out if too long."""
     if len(text) > MOST_CHARACTERS:

@@ -45,6 +45,11 @@ voice_options = _options(
     click.option("-v", "--verbose", is_flag=True, help="Say what is being done."),
     click.option("-q", "--quiet", is_flag=True, help="No progress bars, only errors."),
 )
+private_option = click.option(
+    "--private/--public",
+    default=None,
+    help="Who sees the repository.  [default: private; one that is public already needs --public]",
+)
 prompt_options = _options(
     click.option(
         "--harmful",

@@ -1,5 +1,6 @@
 """Progress bars on stderr: shown on a terminal, silent when piped or when the user asks for quiet."""
 
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,11 @@ class Progress:
     """Makes progress bars. `enabled` None shows them only where stderr is a terminal; False never."""
 
     enabled: bool | None = None
+
+    @property
+    def visible(self) -> bool:
+        """Whether bars are shown."""
+        return sys.stderr.isatty() if self.enabled is None else self.enabled
 
     @contextmanager
     def bar(self, description: str, total: int, unit: str = "it") -> Iterator[Advance]:

@@ -16,7 +16,7 @@ from abliterate.checkpoint.output import Staging, staged
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.checkpoint.target import resolved
 from abliterate.checkpoint.workfolder import WorkFolder, in_use
-from abliterate.errors import AbliterateError, OutputError
+from abliterate.errors import AbliterateError, HubError, OutputError
 from abliterate.identity import what_differs
 from abliterate.journal import Journal, JournalError, read_journal
 from abliterate.progress import SILENT, Progress, from_any_thread
@@ -157,7 +157,7 @@ def bytes_in(folder: Path) -> int:
 
 def _of_the_input(error: BaseException) -> bool:
     """Whether the same would happen again: an error about what was given, and not about this machine as it is now."""
-    if not isinstance(error, AbliterateError) or isinstance(error, OutputError):
+    if not isinstance(error, AbliterateError) or isinstance(error, OutputError | HubError):
         return False
     return not any(_passes(cause) for cause in _causes(error))
 

@@ -49,6 +49,15 @@ def telling_what_is_left(out: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def telling(words: str) -> Iterator[None]:
+    """Ctrl-C ends in that message."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise _Stopped(words) from interrupt
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     """Which folder that is; None where there is none."""
     with suppress(OSError, ValueError):

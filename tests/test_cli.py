@@ -26,7 +26,8 @@ PROMPTS = {"--recipe", "--harmful", "--harmless", "--look-alike", "--system-prom
 OPTIONS = {
     "convert": COMMON
     | PROMPTS
-    | {"--direction", "--dry-run", "--overwrite", "--no-evaluate", "--no-hash", "--exhaustive"},
+    | {"--direction", "--dry-run", "--overwrite", "--no-evaluate", "--no-hash", "--exhaustive"}
+    | {"--push-to", "--private", "--public"},
     "direction": COMMON | PROMPTS | {"-o", "--exhaustive"},
     "plan": {"--revision", "--json", "-v", "-q"},
     "verify": COMMON | {"--direction", "--template"},
@@ -35,6 +36,7 @@ OPTIONS = {
     "compare": COMMON
     | (PROMPTS - {"--recipe"})
     | {"-o", "--recipes", "--convert", "--overwrite", "--inexact", "--max-new-tokens"},
+    "push": {"--private", "--public", "--revision", "--create-pr", "--dry-run", "--json", "-v", "-q"},
     "recipes": {"--json"},
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars  # type: ignore[attr-defined]
 from transformers.utils import logging as transformers_logging
 
 from abliterate.errors import CheckpointError, first_line
@@ -115,11 +116,13 @@ class Filler:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' own progress bars out of ours."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """Keeps transformers' own progress bars out of ours; those of the Hub client, which it moves along, stay as set."""
+    shown, hidden = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+        if hidden:
+            disable_progress_bars()

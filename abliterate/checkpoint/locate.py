@@ -131,6 +131,12 @@ def explained(model_id: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(_explain(error, model_id, revision)) from error
 
 
+def without_secrets(text: str) -> str:
+    """One line without tokens, passwords and signed queries of addresses."""
+    token = huggingface_hub.get_token()
+    return " ".join(_SECRET.sub("…", text.replace(token, "…") if token else text).split())
+
+
 def _explain(error: Exception, model_id: str, revision: str | None) -> str:
     """One line about what the Hub client raised. GatedRepoError is a RepositoryNotFoundError, so it comes first."""
     if isinstance(error, GatedRepoError):
@@ -145,5 +151,5 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"disk full while fetching {model_id}: free space, or set HF_HOME to a folder on another disk"
-    reason = " ".join(_SECRET.sub("…", str(error)).split())[:200]
+    reason = without_secrets(str(error))[:200]
     return f"{model_id} cannot be fetched from the Hub ({type(error).__name__}: {reason}); try again"

@@ -13,6 +13,7 @@ from abliterate.options import (
     inexact_option,
     json_option,
     max_new_tokens_option,
+    private_option,
     prompt_options,
     recipe_option,
     revision_option,
@@ -44,6 +45,12 @@ from abliterate.terminal import loading, telling_what_is_left
 @click.option("--no-evaluate", is_flag=True, help="Leave out the evaluation before and after.")
 @max_new_tokens_option
 @click.option("--no-hash", is_flag=True, help="Leave out sha256 of the weights; `verify` cannot compare them then.")
+@click.option(
+    "--push-to",
+    metavar="ORG/NAME[@BRANCH]",
+    help="Push the result to this repository of the Hub: shards as they are finished, one commit when it holds.",
+)
+@private_option
 @json_option
 @voice_options
 def convert(
@@ -62,13 +69,18 @@ def _convert(
 ) -> None:
     with loading():
         from abliterate import conversion, dryrun
+        from abliterate.hub.repository import destination
 
+    push_to, private = given["push_to"], given["private"]
+    if push_to is None and private is not None:
+        raise click.UsageError("--private and --public go with --push-to")
     common: dict[str, Any] = {
         "recipe": recipe_from(given),
         "revision": given["revision"],
         "direction": given["direction"],
         "options": run_options_from(given),
         "evaluate": not no_evaluate,
+        "push_to": destination(push_to, private=private) if push_to is not None else None,
     }
     if dry_run:
         would = dryrun.dry_run(model, out, overwrite=overwrite, **common)
@@ -83,5 +95,7 @@ def _convert(
         from abliterate.publish.summary import print_conversion
 
         print_conversion(result.manifest, str(result.folder))
+        if result.pushed:
+            click.echo(f"{result.pushed.summary}\n{result.pushed.link}")
     if not result.holds:
         raise AbliterateError(f"certificate failed: {result.certificate.failure}; see {result.folder}")

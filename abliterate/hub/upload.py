@@ -1,0 +1,220 @@
+"""Sends files, and commits them: all of them together, once they are all there.
+
+Why not `upload_folder` of the Hub client (before 2.0: `upload_large_folder`), which can be resumed as well: it commits
+in batches, so that a stopped push leaves a repository with some of the shards, which looks like a checkpoint; it pushes
+whatever is in the folder; and it cannot begin before the last shard is written. Here every file is sent on its own
+with `preupload_lfs_files`, to storage that is addressed by content. Nobody sees it there; a second run asks for the
+hash first and finds it. One `create_commit` then names them all.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+
+from abliterate.errors import HubError
+from abliterate.hub.explain import AGAIN, explained, is_transport, patiently, status_of
+from abliterate.hub.parcel import Item, Parcel
+from abliterate.hub.repository import Repository, State
+
+log = logging.getLogger(__name__)
+SMALL = 1_000_000
+"""Bytes of a file that is gone before anybody waits for it."""
+SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+"""What transformers calls weights: those that are replaced go with the commit, or two checkpoints would lie mixed."""
+
+
+@dataclass(frozen=True)
+class Landed:
+    """What a push came to.
+
+    Attributes:
+        commit: that holds the files. `pull_request`: its address, where one was opened.
+        sent: names of the files that were not there before. `removed`: names of shards that they replace.
+    """
+
+    commit: str
+    pull_request: str | None
+    sent: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+class Upload:
+    """Files on their way to one repository.
+
+    Args:
+        repository: that may be written to.
+        state: of its branch.
+    """
+
+    def __init__(self, repository: Repository, state: State) -> None:
+        self.repository, self.state = repository, state
+        self._sent: dict[str, CommitOperationAdd] = {}
+
+    @property
+    def _new_branch(self) -> bool:
+        return self.state.commit is None
+
+    def send(self, items: Sequence[Item]) -> None:
+        """Sends files that are not there yet; small ones only learn that they will go with the commit.
+
+        Raises:
+            HubError: what is not sent by then is sent by the next call.
+        """
+        waiting = [item for item in items if item.name not in self._sent and not self.has(item)]
+        for part in _parts(waiting):
+            operations = {item.name: _operation(item) for item in part}
+            self._preupload(list(operations.values()))
+            self._sent |= operations
+            log.info("sent %s", ", ".join(operations))
+
+    def _preupload(self, operations: list[CommitOperationAdd]) -> None:
+        with explained(self.repository.name):
+            self.repository.api.preupload_lfs_files(
+                self.repository.name,
+                operations,
+                revision=None if self._new_branch else self.repository.destination.branch,
+                create_pr=self.repository.destination.create_pr,
+                free_memory=False,
+            )
+
+    def has(self, item: Item) -> bool:
+        """Whether the branch has that very file."""
+        remote = self.state.files.get(item.name)
+        return remote is not None and remote.holds(item)
+
+    def commit(self, items: Sequence[Item], message: str) -> Landed:
+        """Sends what was not sent, and commits everything in one; then asks the Hub for what it has.
+
+        Raises:
+            HubError: nothing was committed, or the message says what else.
+        """
+        self.send(items)
+        _refuse_changed(items)
+        sent, removed = self.foresee(items)
+        additions = [self._sent[name] for name in sent]
+        self._refuse_ignored(additions)
+        if not additions and not removed and self.state.commit is not None:
+            return Landed(self.state.commit, None, (), ())
+        if self._new_branch:
+            self.repository.make_branch()
+            self.refresh()
+            return self.commit(items, message)
+        info = self._committed(items, [*additions, *map(CommitOperationDelete, removed)], message)
+        commit, pull = (info.oid, info.pr_url) if info else (str(self.repository.state().commit), None)
+        self._check(commit, items)
+        return Landed(commit, pull, sent, removed)
+
+    def refresh(self) -> None:
+        """Looks at the branch again, which others may have changed.
+
+        Raises:
+            HubError: it cannot be asked.
+        """
+        self.state = self.repository.state()
+
+    def foresee(self, items: Sequence[Item]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of files that a commit adds or changes, and of shards that it removes."""
+        names = {item.name for item in items}
+        old = (name for name in self.state.files if SHARD.fullmatch(name) and name not in names)
+        return tuple(item.name for item in items if not self.has(item)), tuple(sorted(old))
+
+    def _committed(
+        self, items: Sequence[Item], operations: list[CommitOperationAdd | CommitOperationDelete], message: str
+    ) -> CommitInfo | None:
+        """The commit; None where it was made although no answer came."""
+        pull = self.repository.destination.create_pr
+
+        def make() -> CommitInfo:
+            return self.repository.api.create_commit(
+                self.repository.name,
+                operations,
+                commit_message=message,
+                revision=self.repository.destination.branch,
+                create_pr=pull,
+                # an answer that was lost cannot lead to a second commit, nor can another's be undone
+                parent_commit=None if pull else self.state.commit,
+            )
+
+        with explained(self.repository.name):
+            try:
+                return patiently(make, lambda error: status_of(error) == 429 or not pull)
+            except Exception as error:
+                if pull and (is_transport(error) or (status_of(error) or 0) >= 500):
+                    raise HubError(
+                        f"no answer came when the pull request was opened; look at {self.repository.url}/discussions "
+                        "before running the command again, which may open a second one"
+                    ) from error
+                if pull or self._missing(self.repository.state(), items):
+                    raise
+                return None
+
+    def _check(self, commit: str, items: Sequence[Item]) -> None:
+        missing = self._missing(self.repository.state(commit), items)
+        if missing:
+            raise HubError(
+                f"{self.repository.name} lacks in {commit[:12]} what was pushed: {', '.join(missing[:3])}; {AGAIN}"
+            )
+
+    def _missing(self, state: State, items: Iterable[Item]) -> list[str]:
+        return [i.name for i in items if i.name not in state.files or not state.files[i.name].holds(i)]
+
+    def _refuse_ignored(self, additions: Iterable[CommitOperationAdd]) -> None:
+        """The client leaves out what a .gitignore names, and says nothing."""
+        ignored = [operation.path_in_repo for operation in additions if getattr(operation, "_should_ignore", False)]
+        if ignored:
+            raise HubError(
+                f"a .gitignore keeps {', '.join(ignored[:3])} out of {self.repository.name}; remove those lines from it"
+            )
+
+
+def _parts(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Files to send together: small ones; others on their own, so that each is found again once it has arrived.
+
+    By Xet, what was sent is known to be there from the end of a call on, and not before; without it, Ctrl-C would have
+    to wait for all files that are on their way.
+    """
+    small = [item for item in items if item.size < SMALL]
+    if small:
+        yield small
+    yield from ([item] for item in items if item.size >= SMALL)
+
+
+def _operation(item: Item) -> CommitOperationAdd:
+    operation = CommitOperationAdd(item.name, str(item.path))
+    if item.sha256 is not None:
+        operation.upload_info.sha256 = bytes.fromhex(item.sha256)  # the client would take it again
+    return operation
+
+
+def message_of(parcel: Parcel) -> str:
+    """The commit's first line."""
+    base, version = parcel.manifest["base"]["id"], parcel.manifest["tool"]["abliterate"]
+    return f"{base or 'A checkpoint'}, converted by abliterate {version}"
+
+
+def _refuse_changed(items: Iterable[Item]) -> None:
+    changed = next((item for item in items if item.changed), None)
+    if changed is not None:
+        raise HubError(f"{changed.path} has changed while it was pushed; {AGAIN}")
+
+
+@contextmanager
+def client_bars(shown: bool) -> Iterator[None]:
+    """The Hub client's progress bars, or none, while this lasts."""
+    before = are_progress_bars_disabled()
+    if not shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()
