@@ -25,7 +25,7 @@ class SearchSettings:
         start: strength of every writer at the start.
         margin: nats below 0 to which refusal scores are still pushed.
         prompts: of each kind in a step; all of them, where there are fewer.
-        rate: of strengths a step. `direction_rate`: of directions, in radians.
+        rate: of strengths at the first step; `direction_rate`: of directions, in radians. Later steps are smaller.
         optimise_directions: improve the directions along with the strengths.
         measure_every: steps between two measured points.
         most_refused: share of refusals that the pick may have.
@@ -35,11 +35,11 @@ class SearchSettings:
 
     method: Method = "gradient"
     steps: int = 4
-    further_steps: int = 3
-    kl_weights: tuple[float, ...] = (5.0, 20.0, 60.0)
+    further_steps: int = 20
+    kl_weights: tuple[float, ...] = (5.0, 20.0)
     max_strength: float = 1.5
     start: float = 0.2
-    margin: float = 2.0
+    margin: float = 1.0
     prompts: int = 32
     rate: float = 0.1
     direction_rate: float = 0.05

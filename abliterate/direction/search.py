@@ -28,6 +28,9 @@ from abliterate.stages import NO_STAGES, Once, Stages
 
 log = logging.getLogger(__name__)
 
+HALVED_AFTER = 16
+"""Steps after which a step is half as large as the first: of one size they go round what they should come to."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -174,14 +177,14 @@ def _advance(
 
 def _moved(state: State, pull: Pull, settings: SearchSettings) -> State:
     """One step down the slope: strengths within their bounds, directions along the sphere."""
-    step = state.step + 1
+    step, pace = state.step + 1, 1 / (1 + state.step / HALVED_AFTER)
     strengths, slope = state.strengths, pull.strengths[0] + state.weight * pull.strengths[1]
     moments, move = adam(state.moments[0], slope, slope.square(), step)
-    strengths = (strengths - settings.rate * move.float()).clamp(0, settings.max_strength)
+    strengths = (strengths - pace * settings.rate * move.float()).clamp(0, settings.max_strength)
     if pull.directions is None:
         return replace(state, step=step, strengths=strengths, moments=(moments, state.moments[1]))
     slope = tangent(pull.directions[0] + state.weight * pull.directions[1], state.directions)
     turning, turn = adam(state.moments[1], slope, slope.square().sum(-1, keepdim=True), step)
-    turned = state.directions.double() - settings.direction_rate * tangent(turn, state.directions)
+    turned = state.directions.double() - pace * settings.direction_rate * tangent(turn, state.directions)
     units = (turned / turned.norm(dim=-1, keepdim=True)).float()
     return replace(state, step=step, strengths=strengths, directions=units, moments=(moments, turning))
