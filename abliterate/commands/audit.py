@@ -9,6 +9,7 @@ from abliterate.commands.given import recipe_from, run_options_from
 from abliterate.options import (
     exhaustive_option,
     json_option,
+    model_argument,
     prompt_options,
     recipe_option,
     revision_option,
@@ -19,7 +20,7 @@ from abliterate.terminal import echo_json, loading, telling_what_is_left
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option(
     "-o",
     "--out",
