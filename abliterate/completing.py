@@ -1,4 +1,7 @@
-"""What a shell completes: recipes, folders, and models that the Hub's cache holds. Loads no library."""
+"""What a shell completes: recipes, folders, and models that the Hub's cache holds. Loads no library.
+
+Files and folders come first: the script for bash forgets all that came before them.
+"""
 
 import os
 from pathlib import Path
@@ -12,8 +15,8 @@ _CACHED = "models--"
 
 
 def complete_recipe(_context: Context, _parameter: Parameter, incomplete: str) -> list[CompletionItem]:
-    """Shipped recipes, and files."""
-    return [*map(CompletionItem, _starting(recipe_names(), incomplete)), CompletionItem(incomplete, type="file")]
+    """Shipped recipes; files where none starts so."""
+    return [CompletionItem(incomplete, type="file"), *map(CompletionItem, _starting(recipe_names(), incomplete))]
 
 
 def complete_recipes(_context: Context, _parameter: Parameter, incomplete: str) -> list[CompletionItem]:
@@ -24,8 +27,8 @@ def complete_recipes(_context: Context, _parameter: Parameter, incomplete: str) 
 
 
 def complete_model(_context: Context, _parameter: Parameter, incomplete: str) -> list[CompletionItem]:
-    """Folders, and Hub ids of what was downloaded before."""
-    return [*map(CompletionItem, _starting(cached_models(), incomplete)), CompletionItem(incomplete, type="dir")]
+    """Hub ids of what was downloaded before; folders where none starts so."""
+    return [CompletionItem(incomplete, type="dir"), *map(CompletionItem, _starting(cached_models(), incomplete))]
 
 
 def complete_folder(_context: Context, _parameter: Parameter, incomplete: str) -> list[CompletionItem]:
