@@ -1,6 +1,7 @@
 """What the documents name is there: commands with their options, files that are linked to, modules, recipes' keys."""
 
 import contextlib
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
+import abliterate
 from abliterate.cli import cli
 from abliterate.recipe import load_recipe
 
@@ -59,7 +61,8 @@ def wrong_with(line: str) -> str | None:
     command = cli.commands.get(words[0])
     if command is None:
         return f"no command {words[0]}"
-    return parsed(command, words[0], [re.sub(r"^\[|\]$", "", word) for word in words[1:]])
+    # [optional], and the first of one|or|another
+    return parsed(command, words[0], [word.strip("[]").partition("|")[0] for word in words[1:]])
 
 
 def parsed(command: click.Command, name: str, words: list[str]) -> str | None:
@@ -130,3 +133,14 @@ def test_keys_of_recipes_that_are_named_are_there(page: Path) -> None:
     keys = rf"`({'|'.join(sections)})\.(?!png`|json`)(\w+)[:`]"
     named = re.findall(keys, page.read_text(encoding="utf-8"))
     assert not {(section, key) for section, key in named if key not in plain[section]}
+
+
+def test_signatures_in_the_api_page() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)\((.*?)\)` \|", page, re.MULTILINE)
+    assert {name for name, _ in shown} == {name for name in abliterate.__all__ if name[0].islower()}
+    for name, parameters in shown:
+        real = inspect.signature(getattr(abliterate, name)).parameters.values()
+        bare = [each.replace(annotation=inspect.Parameter.empty) for each in real]
+        written = str(inspect.Signature(bare)).replace("'", '"')
+        assert written == f"({parameters})", name
