@@ -85,6 +85,7 @@ def test_models_of_the_cache(room: Path) -> None:
 
 
 MODELS = {"model", "checkpoint", "baseline"}
+MAKE_FOLDERS = {"convert", "compare", "audit"}
 
 
 @pytest.mark.parametrize("command", cli.commands)
@@ -96,7 +97,8 @@ def test_folders_for_every_model_and_out(command: str) -> None:
         if parameter.name not in MODELS | {"out"}:
             continue
         kinds = {item.type for item in parameter.shell_complete(context, "x")}
-        wanted = {"dir"} if parameter.name in MODELS else {"dir", "file"}
+        folder = parameter.name in MODELS or command in MAKE_FOLDERS
+        wanted = {"dir"} if folder else {"dir", "file"}
         assert kinds & wanted, f"{command} {parameter.name}"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from abliterate.commands.given import recipe_from, run_options_from
+from abliterate.completing import complete_folder
 from abliterate.options import (
     exhaustive_option,
     json_option,
@@ -28,6 +29,7 @@ from abliterate.terminal import echo_json, loading, telling_what_is_left
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Folder of the report.",
+    shell_complete=complete_folder,
 )
 @recipe_option
 @revision_option
