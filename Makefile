@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Files of tests side by side, one thread of arithmetic for each: most tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: help demo test test-fast architectures check format subject over-refusing gemma clean
+.PHONY: help demo test test-fast architectures check format dist subject over-refusing gemma clean
 
 help:
 	@echo "make demo           convert the refusing SmolLM2 and show refusals before and after"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-fast      tests on pico models only"
 	@echo "make architectures  convert a tiny twin of every architecture, and write docs/architectures.md"
 	@echo "make check          ruff and mypy"
+	@echo "make dist           a source archive, and the wheel that is built from it, in dist/"
 	@echo "make clean          remove the environment and everything built"
 
 # A CPU build of torch: from wherever pip is set up to look, else from PyTorch's own index.
@@ -54,9 +55,14 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The wheel comes from the archive, so that an archive with something missing is noticed.
+dist: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(BUILD) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BUILD) dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """Project the refusal direction out of a checkpoint, exactly, and prove it.
 
-The command line's verbs are functions here: `convert`, `find_direction`, `plan`, `push`, `verify`,
-`evaluate` and `audit_model`. They are loaded when first used, so that `import abliterate` costs nothing.
+The command line's verbs are functions here: `convert`, `find_direction`, `plan`, `push`, `verify`, `evaluate`,
+`compare` and `audit_model`. They are loaded when first used, so that `import abliterate` costs nothing.
 """
 
 import importlib
@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abliterate.architecture.writer import Plan
+    from abliterate.audit.study import AuditSize
     from abliterate.auditing import AuditReport, audit_model
     from abliterate.certify.certificate import Certificate
+    from abliterate.comparing import compare
     from abliterate.conversion import Conversion, convert
     from abliterate.errors import AbliterateError
     from abliterate.find import FoundDirection, find_direction
     from abliterate.hub.repository import Destination, destination
-    from abliterate.measuring import EvaluationReport, evaluate
+    from abliterate.measuring import EvaluationReport, Extras, evaluate
     from abliterate.planning import plan
     from abliterate.progress import Progress
     from abliterate.pushing import Pushed, push
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 __all__ = [
     "AbliterateError",
     "AuditReport",
+    "AuditSize",
     "Certificate",
     "Conversion",
     "Destination",
     "EvaluationReport",
+    "Extras",
     "FoundDirection",
     "Plan",
     "Progress",
@@ -39,6 +43,7 @@ __all__ = [
     "RunOptions",
     "Verification",
     "audit_model",
+    "compare",
     "convert",
     "destination",
     "evaluate",
@@ -52,10 +57,12 @@ __all__ = [
 _HOMES = {
     "AbliterateError": "errors",
     "AuditReport": "auditing",
+    "AuditSize": "audit.study",
     "Certificate": "certify.certificate",
     "Conversion": "conversion",
     "Destination": "hub.repository",
     "EvaluationReport": "measuring",
+    "Extras": "measuring",
     "FoundDirection": "find",
     "Plan": "architecture.writer",
     "Progress": "progress",
@@ -64,6 +71,7 @@ _HOMES = {
     "RunOptions": "subject",
     "Verification": "verification",
     "audit_model": "auditing",
+    "compare": "comparing",
     "convert": "conversion",
     "destination": "hub.repository",
     "evaluate": "measuring",

@@ -8,8 +8,10 @@ import click
 from abliterate import __version__
 from abliterate.commands.audit import audit
 from abliterate.commands.compare import compare
+from abliterate.commands.completion import completion
 from abliterate.commands.convert import convert
 from abliterate.commands.direction import direction
+from abliterate.commands.doctor import doctor
 from abliterate.commands.evaluate import evaluate
 from abliterate.commands.plan import plan
 from abliterate.commands.push import push
@@ -27,7 +29,7 @@ def cli() -> None:
     """
 
 
-for _command in (audit, compare, convert, direction, evaluate, plan, push, recipes, verify):
+for _command in (audit, compare, completion, convert, direction, doctor, evaluate, plan, push, recipes, verify):
     cli.add_command(_command)
 
 

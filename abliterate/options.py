@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from abliterate.completing import complete_model, complete_recipe
 from abliterate.errors import AbliterateError
 from abliterate.sizes import parse_memory
 
@@ -36,9 +37,15 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str | No
     return names
 
 
+model_argument = click.argument("model", shell_complete=complete_model)
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
 recipe_option = click.option(
-    "--recipe", default="refusal", show_default=True, metavar="NAME|FILE", help="Method; see `abliterate recipes`."
+    "--recipe",
+    default="refusal",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="Method; see `abliterate recipes`.",
+    shell_complete=complete_recipe,
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 voice_options = _options(

@@ -144,10 +144,16 @@ def recipes_folder() -> Path:
     return shipped if shipped.is_dir() else package.parent / "recipes"
 
 
+def recipe_names() -> list[str]:
+    """The shipped recipes, the default first."""
+    return sorted(
+        (path.stem for path in recipes_folder().glob("*.yaml")), key=lambda name: (name != Recipe().name, name)
+    )
+
+
 def list_recipes() -> dict[str, Recipe]:
     """The shipped recipes by name, the default first."""
-    paths = sorted(recipes_folder().glob("*.yaml"), key=lambda path: (path.stem != Recipe().name, path.stem))
-    return {path.stem: read_recipe(path) for path in paths}
+    return {name: read_recipe(recipes_folder() / f"{name}.yaml") for name in recipe_names()}
 
 
 def recipe_path(name_or_file: str) -> Path:
@@ -162,7 +168,7 @@ def recipe_path(name_or_file: str) -> Path:
             return Path(name_or_file)
         raise RecipeError(f"no recipe file {name_or_file}")
     if not shipped.is_file():
-        known = ", ".join(path.stem for path in sorted(recipes_folder().glob("*.yaml")))
+        known = ", ".join(sorted(recipe_names()))
         raise RecipeError(f"no recipe named {name_or_file}; shipped recipes: {known}; a file needs its .yaml ending")
     return shipped
 

@@ -38,6 +38,8 @@ OPTIONS = {
     | {"-o", "--recipes", "--convert", "--overwrite", "--inexact", "--max-new-tokens"},
     "push": {"--private", "--public", "--revision", "--create-pr", "--dry-run", "--json", "-v", "-q"},
     "recipes": {"--json"},
+    "doctor": {"--json"},
+    "completion": set(),
 }
 
 

@@ -35,11 +35,12 @@ else:
 
 def usable() -> bool:
     """Whether the interfaces are there and do what this module takes them to do, tried on a tiny model."""
-    return _trouble() is None
+    return trouble() is None
 
 
 @functools.cache
-def _trouble() -> str | None:
+def trouble() -> str | None:
+    """What is not as it should be, in one line; None where all is well. Tried once."""
     if _CHANGED is not None:
         reason: str | None = _CHANGED
     else:

@@ -34,11 +34,12 @@ def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dt
     if name != "auto":
         return DTYPES[name]
     half = stored in (torch.bfloat16, torch.float16)
-    fast = device.type != "cpu" or (stored == torch.bfloat16 and _cpu_has_bfloat16())
+    fast = device.type != "cpu" or (stored == torch.bfloat16 and cpu_has_bfloat16())
     return stored if half and fast else torch.float32
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor itself computes in bfloat16, so that `auto` does."""
     capabilities = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return bool(native) and "AVX512" in capabilities

@@ -120,14 +120,20 @@ def available(device: torch.device) -> int:
     """Bytes that can be had on a device: what the machine, the container and the process's limits leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    left = [psutil.virtual_memory().available]
+    return max(0, min(limits().values()))
+
+
+def limits() -> dict[str, int]:
+    """What is left in bytes, by whom or what sets a limit: the machine always, others where there are any."""
+    left = {"machine": int(psutil.virtual_memory().available)}
     for limit, used in _CGROUPS:
-        left += _left(Path(limit), Path(used))
+        for size in _left(Path(limit), Path(used)):
+            left["container"] = min(size, left.get("container", size))
     own = psutil.Process().memory_info()
-    for kind, taken in ((resource.RLIMIT_AS, own.vms), (resource.RLIMIT_DATA, own.rss)):
+    for name, kind, taken in (("ulimit -v", resource.RLIMIT_AS, own.vms), ("ulimit -d", resource.RLIMIT_DATA, own.rss)):
         soft = resource.getrlimit(kind)[0]
-        left += [soft - taken] if soft != resource.RLIM_INFINITY else []
-    return max(0, min(left))
+        left |= {name: soft - taken} if soft != resource.RLIM_INFINITY else {}
+    return left
 
 
 def _left(limit: Path, used: Path) -> list[int]:

@@ -6,9 +6,11 @@ from typing import Any
 import click
 
 from abliterate.commands.given import recipe_from, run_options_from
+from abliterate.completing import complete_folder
 from abliterate.options import (
     exhaustive_option,
     json_option,
+    model_argument,
     prompt_options,
     recipe_option,
     revision_option,
@@ -19,7 +21,7 @@ from abliterate.terminal import echo_json, loading, telling_what_is_left
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option(
     "-o",
     "--out",
@@ -27,6 +29,7 @@ from abliterate.terminal import echo_json, loading, telling_what_is_left
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Folder of the report.",
+    shell_complete=complete_folder,
 )
 @recipe_option
 @revision_option

@@ -6,10 +6,12 @@ from typing import Any
 import click
 
 from abliterate.commands.given import recipe_from, run_options_from
+from abliterate.completing import complete_recipes
 from abliterate.options import (
     inexact_option,
     json_option,
     max_new_tokens_option,
+    model_argument,
     prompt_options,
     revision_option,
     run_options,
@@ -20,8 +22,14 @@ from abliterate.terminal import loading, telling_what_is_left
 
 
 @click.command()
-@click.argument("model")
-@click.option("--recipes", "names", metavar="A,B,...", help="Recipes to compare, by name or file.  [default: all]")
+@model_argument
+@click.option(
+    "--recipes",
+    "names",
+    metavar="A,B,...",
+    help="Recipes to compare, by name or file.  [default: all]",
+    shell_complete=complete_recipes,
+)
 @click.option(
     "-o",
     "--out",

@@ -7,12 +7,14 @@ from typing import Any
 import click
 
 from abliterate.commands.given import print_plan_as, recipe_from, run_options_from
+from abliterate.completing import complete_folder
 from abliterate.errors import AbliterateError
 from abliterate.options import (
     exhaustive_option,
     inexact_option,
     json_option,
     max_new_tokens_option,
+    model_argument,
     private_option,
     prompt_options,
     recipe_option,
@@ -24,8 +26,8 @@ from abliterate.terminal import loading, telling_what_is_left
 
 
 @click.command()
-@click.argument("model")
-@click.argument("out", type=click.Path(path_type=Path))
+@model_argument
+@click.argument("out", type=click.Path(path_type=Path), shell_complete=complete_folder)
 @recipe_option
 @revision_option
 @prompt_options

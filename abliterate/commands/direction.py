@@ -10,6 +10,7 @@ from abliterate.commands.given import recipe_from, run_options_from
 from abliterate.options import (
     exhaustive_option,
     json_option,
+    model_argument,
     prompt_options,
     recipe_option,
     revision_option,
@@ -20,7 +21,7 @@ from abliterate.terminal import echo_json, loading
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.option(
     "-o",
     "--out",

@@ -7,10 +7,12 @@ from typing import Any
 import click
 
 from abliterate.commands.given import recipe_from, run_options_from
+from abliterate.completing import complete_model
 from abliterate.options import (
     json_option,
     judge_option,
     max_new_tokens_option,
+    model_argument,
     prompt_options,
     recipe_option,
     revision_option,
@@ -22,8 +24,13 @@ from abliterate.terminal import echo_json, loading
 
 
 @click.command()
-@click.argument("model")
-@click.option("--baseline", metavar="BASE", help="Model to compare with (KL, top-1 agreement): folder or Hub id.")
+@model_argument
+@click.option(
+    "--baseline",
+    metavar="BASE",
+    help="Model to compare with (KL, top-1 agreement): folder or Hub id.",
+    shell_complete=complete_model,
+)
 @recipe_option
 @revision_option
 @prompt_options

@@ -5,12 +5,19 @@ from typing import Any
 import click
 
 from abliterate.commands.given import print_plan_as
-from abliterate.options import inexact_option, json_option, remote_code_option, revision_option, voice_options
+from abliterate.options import (
+    inexact_option,
+    json_option,
+    model_argument,
+    remote_code_option,
+    revision_option,
+    voice_options,
+)
 from abliterate.terminal import loading, set_up_logging
 
 
 @click.command()
-@click.argument("model")
+@model_argument
 @revision_option
 @click.option("--entry", is_flag=True, help="Print what the gradient probe finds, as an entry for the table (YAML).")
 @inexact_option

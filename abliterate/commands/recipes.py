@@ -2,13 +2,14 @@
 
 import click
 
+from abliterate.completing import complete_recipe
 from abliterate.options import json_option
 from abliterate.recipe import list_recipes, load_recipe, recipe_path
 from abliterate.terminal import echo_json
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_recipe)
 @json_option
 def recipes(name: str | None, as_json: bool) -> None:
     """List the recipes, or show one with its documentation."""

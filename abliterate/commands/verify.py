@@ -6,13 +6,14 @@ from typing import Any
 import click
 
 from abliterate.commands.given import run_options_from
+from abliterate.completing import complete_model
 from abliterate.errors import AbliterateError
 from abliterate.options import json_option, revision_option, run_options, voice_options
 from abliterate.terminal import echo_json, loading
 
 
 @click.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", shell_complete=complete_model)
 @revision_option
 @click.option(
     "--direction",

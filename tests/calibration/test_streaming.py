@@ -230,10 +230,10 @@ def test_a_changed_interface_is_noticed(monkeypatch: pytest.MonkeyPatch, caplog:
         return done
 
     for changed, said in ((other_signature, "positional argument"), (other_result, "lm_head.weight is not filled")):
-        conversion._trouble.cache_clear()
+        conversion.trouble.cache_clear()
         monkeypatch.setattr(conversion, "convert_and_load_state_dict_in_model", changed)
         assert not conversion.usable() and said in caplog.text
-    conversion._trouble.cache_clear()
+    conversion.trouble.cache_clear()
 
 
 def test_a_shard_that_changed_or_went_is_one_line(subject: Callable[..., Subject], tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What a bug report should say about an installation and its machine, and what is wrong with them."""
