@@ -81,7 +81,7 @@ def mean_hidden(
     description: str = "hidden states",
     method: MeanMethod = MeanMethod(),
 ) -> Mean:
-    """Mean input of every layer at positions -P..-1, accumulated in fp64 (Arditi et al. 2024, eq. 1).
+    """Mean input of every layer at positions -P..-1, accumulated in fp64 (Arditi et al. 2024, section 2.3).
 
     Args:
         positions: P.
@@ -164,7 +164,7 @@ def geometric_median(points: Tensor) -> Tensor:
 def difference(
     harmful: Mean, harmless: Mean, transport: Transport | None = None, harmless_part: bool = True
 ) -> Directions:
-    """d = mean over harmful minus mean over harmless (eq. 1), stored in fp32.
+    """d = mean over harmful minus mean over harmless (section 2.3), stored in fp32.
 
     Args:
         harmless_part: keep what d has along the harmless mean; else it is removed, so that an ablation along d leaves

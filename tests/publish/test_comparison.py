@@ -112,7 +112,8 @@ def test_the_table_fits_and_has_every_figure() -> None:
 
 def test_remarks_say_what_certificates_do_not_promise() -> None:
     assert remarks_of(comparison()) == [
-        "best: search: lowest KL of 6 recipes with at most 5 % refusals; certificate holds for what the recipe removes: strengths 0.2 to 1.1",
+        "best: search: lowest KL of 6 recipes with at most 5 % refusals; "
+        "certificate holds for what the recipe removes: strengths 0.2 to 1.1",
         "per-layer: nothing is certified: 0.3 of the norm is left along r",
         "subspace: 2 % of completions degenerate",
     ]
