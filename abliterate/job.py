@@ -75,7 +75,9 @@ def unties(job: Job) -> bool:
 def passes_of(job: Job) -> Passes:
     """Of a conversion, over the base."""
     answers = (job.options.max_new_tokens or job.recipe.evaluation.max_new_tokens) if job.evaluate else 0
-    found = CALIBRATION if job.direction_file is None else DISCOVERY if job.evaluate else 0
+    named = job.recipe.direction.refusal_tokens != "auto"
+    calibration = CALIBRATION - (DISCOVERY - 1) * named
+    found = calibration if job.direction_file is None else DISCOVERY if job.evaluate else 0
     before = found + answers + BESIDE_ANSWERS * job.evaluate
     gains = any(writer.gain or writer.skip for writer in job.subject.plan.writers)
     return Passes(before + (before > 0), 2 + gains, answers)

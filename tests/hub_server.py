@@ -29,6 +29,7 @@ class Hub:
         cuts: by file, after how many bytes the next answers end with the connection.
         faults: by file, what the next requests for it are answered with.
         altered: files whose last byte goes out as another one.
+        ranges: whether parts of files are sent where they are asked for. `tokens`: that came with requests.
         seen: asked with every block that goes out, by the file's name; may raise to cut the connection.
     """
 
@@ -43,6 +44,7 @@ class Hub:
     cuts: dict[str, list[int]] = field(default_factory=dict)
     faults: dict[str, list[int]] = field(default_factory=dict)
     altered: set[str] = field(default_factory=set)
+    ranges: bool = True
     seen: Callable[[str], None] = lambda _: None
     tokens: set[str] = field(default_factory=set)
 
@@ -114,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path.name in self.hub.altered:
             content = content[:-1] + bytes([content[-1] ^ 1])
         status, asked = 200, re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))
-        if asked:
+        if asked and self.hub.ranges:
             first, last = int(asked[1]), int(asked[2] or len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
             status, content = 206, content[first : last + 1]

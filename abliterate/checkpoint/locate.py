@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from abliterate.checkpoint.crew import StoppedError
 from abliterate.checkpoint.files import HOW_TO_CONVERT, OTHER_WEIGHTS
 from abliterate.checkpoint.keeper import Keeper
+from abliterate.checkpoint.room import check_room
 from abliterate.errors import AbliterateError, CheckpointError
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ def whole(model: str, revision: str | None = None) -> Source:
     model_id, wanted = named(model, revision)
     log.info("fetching %s%s", model_id, f"@{wanted}" if wanted else "")
     with explained(model_id, wanted):
+        check_room(model_id, wanted)
         found = huggingface_hub.snapshot_download(model_id, revision=wanted, ignore_patterns=list(OTHER_WEIGHTS))
     folder = Path(str(found))
     if not any(folder.glob("*.safetensors")):
@@ -154,6 +156,9 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
             f"{model_id} is not a folder here, not whole in the Hub's cache, and the Hub cannot be reached: go online"
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"disk full while fetching {model_id}: free space, or set HF_HOME to a folder on another disk"
+        return (
+            f"disk full while fetching {model_id}: free space, set HF_HOME to a folder on another disk, or give a "
+            "(smaller) --cache-limit"
+        )
     reason = without_secrets(str(error))[:200]
     return f"{model_id} cannot be fetched from the Hub ({type(error).__name__}: {reason}); try again"

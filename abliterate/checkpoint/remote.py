@@ -25,7 +25,6 @@ WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try; bytes that arrive start them anew."""
 LONGEST_WAIT = 300.0
 """That a server can ask for."""
-CHUNK_BYTES = 1 << 20
 RANGE_BYTES = 1 << 30
 """Of one request: addresses are signed for a limited time."""
 
@@ -122,7 +121,7 @@ class Remote:
             hf_raise_for_status(response)
             skip = start if response.status_code == 200 else 0  # a server that knows no ranges sends all of it
             left = end - start
-            for block in response.iter_bytes(CHUNK_BYTES):
+            for block in response.iter_bytes():  # as they arrive: what a full block waits for is lost with a cut
                 part = block[min(skip, len(block)) :][:left]
                 skip -= min(skip, len(block))
                 left -= len(part)
