@@ -7,9 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -22,13 +23,13 @@ from abliterate.errors import AbliterateError, CheckpointError, HubError, Output
 from abliterate.subject import RunOptions
 from tests import hub_client, pico
 from tests.commandline import snapshot
-from tests.hub_server import COMMIT, Hub, serving
+from tests.hub_server import BLOCK, COMMIT, Hub, serving
 
 MODEL = "org/pico"
 SIZES = {"num_hidden_layers": 8, "intermediate_size": 1000}
 QUICK = """
 name: quick
-calibration: {train: 12, validation: 2, test: 2}
+calibration: {train: 8, validation: 2, test: 1}
 direction: {filter: false, refusal_tokens: [I, S], positions: 1}
 selection: {max_kl: 1000000.0, min_induce: -1000000.0}
 evaluation: {max_new_tokens: 2}
@@ -163,7 +164,7 @@ def test_a_killed_run_goes_on_with_what_was_fetched(
     limit = sum(shards(hub).values())
     words = ["convert", MODEL, str(tmp_path / "out"), "--direction", str(direction), "--no-evaluate", "-q"]
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    environment = {**os.environ, **settings, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **settings, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "abliterate", *words, "--cache-limit", f"{limit}B"]
     running = subprocess.Popen(command, env=environment)
 
@@ -171,6 +172,7 @@ def test_a_killed_run_goes_on_with_what_was_fetched(
         if (tmp_path / "home/abliterate").exists() and name in names:
             blocks.append(name)
         if blocks.count(names[3]) == 10:  # its header was 4 of them
+            wait_for(lambda: any(path.stat().st_size for path in (tmp_path / "home").rglob(f"{names[3]}.partial")))
             running.send_signal(signal.SIGKILL)
             running.wait(30)
 
@@ -183,8 +185,15 @@ def test_a_killed_run_goes_on_with_what_was_fetched(
     hub.sent.clear()
     assert subprocess.run(command, env=environment, check=False).returncode == 0
     assert snapshot(tmp_path / "out") == plain
-    assert sum(hub.sent[name] for name in names) == limit - sum(left.values())
-    assert all(hub.sent[name] == 0 for name in whole)
+    missing = limit - sum(left.values())  # connections of the run that was killed may have sent a block since
+    assert missing <= sum(hub.sent[name] for name in names) <= missing + 4 * BLOCK
+    assert whole and all(hub.sent[name] <= BLOCK for name in whole)
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not what() and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def moved(hub: Hub, place: Path) -> None:
@@ -213,9 +222,9 @@ def test_a_branch_that_moved_while_a_run_was_stopped_is_said(hub: Hub, direction
     stop_at(hub, last)
     with pytest.raises(HubError):
         conversion.convert(MODEL, tmp_path / "out", direction=direction, options=settings, evaluate=False)
-    hub.seen = lambda _: None
+    hub.seen, hub.faults = lambda _: None, {}
     moved(hub, tmp_path / "moved")
-    with pytest.raises(OutputError, match=r"another run .*base: commit is"):
+    with pytest.raises(OutputError, match=r"another run .*base: commit"):
         conversion.convert(MODEL, tmp_path / "out", direction=direction, options=settings, evaluate=False)
 
 
@@ -271,7 +280,7 @@ def test_what_would_be_fetched_is_said_first(
 ) -> None:
     settings = RunOptions(cache_limit=least(hub), memory="streamed", max_new_tokens=8)
     would = dryrun.dry_run(MODEL, tmp_path / "out", options=settings)
-    words = ("shards, at most, at most", "will be fetched; every pass fetches", "--no-evaluate: answers of 8 tokens")
+    words = ("shards, at most", "will be fetched; every pass fetches", "--no-evaluate: answers of 8 tokens")
     assert all(text in would.summary for text in words), would.summary
     assert not (tmp_path / "home/abliterate").exists()
     far = RunOptions(cache_limit=least(hub), memory="streamed", max_new_tokens=200)
@@ -333,7 +342,7 @@ def test_shards_in_the_hubs_cache_are_used_and_not_fetched(hub: Hub, direction: 
 
 
 def test_a_model_that_does_not_fit_is_not_begun(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     words = r"MB of org/pico have to be fetched, and 1.0 MB are free.*--cache-limit SIZE"
     with pytest.raises(CheckpointError, match=words), located(MODEL):
         pass
