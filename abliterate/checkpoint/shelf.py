@@ -88,6 +88,16 @@ class Shelf:
         self.fetched = 0
         self._find_again()
 
+    @property
+    def place(self) -> Path:
+        """See `Keeper`."""
+        return self._folder
+
+    @property
+    def unfilled(self) -> int:
+        """See `Keeper`."""
+        return max(0, min(self.limit, sum(map(self.size, self._files))) - sum(self._taken.values()))
+
     def size(self, name: str) -> int:
         """See `Keeper`."""
         return 0 if name in self._elsewhere else self._files[name].size
