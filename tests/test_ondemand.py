@@ -89,13 +89,10 @@ def watched(home: Path) -> Iterator[list[int]]:
 
     def look() -> None:
         while not stop.is_set():
-            size = 0
-            for path in (home / "abliterate").glob("*/*/shards/*"):
-                try:
-                    size += path.stat().st_size
-                except FileNotFoundError:
-                    size = 0  # seen at no one moment: what is there now counts with the next look
-                    break
+            try:
+                size = sum(path.stat().st_size for path in (home / "abliterate").glob("*/*/shards/*"))
+            except FileNotFoundError:
+                size = 0  # seen at no one moment: what is there now counts with the next look
             most[0] = max(most[0], size)
             time.sleep(0.0005)
 

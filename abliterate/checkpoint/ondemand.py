@@ -63,7 +63,12 @@ def _on_demand(model: str, revision: str | None, limit: int, progress: Progress)
         try:
             yield Source(folder, model_id, wanted, remote.commit, shelf)
         except BaseException:
-            log.info("%s has what was fetched, for the next run", home.path)
+            if shelf.bytes:
+                log.warning(
+                    "%s of shards stay in %s for the same command to go on with; if it is not to, remove the folder",
+                    short(shelf.bytes),
+                    home.path,
+                )
             raise
         finally:
             shelf.close()

@@ -94,9 +94,14 @@ class Shelf:
         return self._folder
 
     @property
+    def bytes(self) -> int:
+        """Of what is on the shelf, or has its room there."""
+        return sum(self._taken.values())
+
+    @property
     def unfilled(self) -> int:
         """See `Keeper`."""
-        return max(0, min(self.limit, sum(map(self.size, self._files))) - sum(self._taken.values()))
+        return max(0, min(self.limit, sum(map(self.size, self._files))) - self.bytes)
 
     def size(self, name: str) -> int:
         """See `Keeper`."""
@@ -145,7 +150,7 @@ class Shelf:
             else:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for name in sorted(self._taken, key=self._turn.__getitem__, reverse=True):
-            if sum(self._taken.values()) > self.limit:
+            if self.bytes > self.limit:
                 self._drop(name)
 
     def _take(self, names: Sequence[str], me: int, check: Check) -> None:
@@ -167,7 +172,7 @@ class Shelf:
         """Drops what has to go; nothing where that would not do."""
         own = [name for name in names if name not in self._elsewhere]
         needed = sum(self._files[name].size - self._taken.get(name, 0) for name in own)
-        free = self.limit - sum(self._taken.values())
+        free = self.limit - self.bytes
         idle = {self._turn[name]: name for name in self._taken if not self._holders[name] and name not in names}
         if free + sum(self._taken[name] for name in idle.values()) < needed:
             return False

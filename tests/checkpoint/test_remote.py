@@ -132,6 +132,7 @@ def test_ranges_of_a_long_file_are_joined(hub: Hub, tmp_path: Path, monkeypatch:
 
 def test_a_server_without_ranges_sends_what_is_thrown_away(hub: Hub, tmp_path: Path) -> None:
     hub.ranges = False
+    assert look("org/pico", None).read(NAME, 123_456, 200_000) == BYTES[123_456:200_000]
     (tmp_path / "partial").write_bytes(BYTES[:123_456])
     fetched(tmp_path, look("org/pico", None))
     assert (tmp_path / "final").read_bytes() == BYTES
