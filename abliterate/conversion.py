@@ -17,6 +17,7 @@ from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.extend import TensorCopy, single_index
 from abliterate.checkpoint.files import DIRECTION_FILE, INDEX_SUFFIX
 from abliterate.checkpoint.header import read_header
+from abliterate.checkpoint.keeper import unfilled
 from abliterate.checkpoint.locate import Source, find
 from abliterate.checkpoint.output import Staging, check_target, tidy
 from abliterate.checkpoint.rewrite import ShardRecord, rewrite_checkpoint
@@ -29,10 +30,10 @@ from abliterate.evaluation.metrics import evaluate_model
 from abliterate.evaluation.sets import EvaluationSet, Measured
 from abliterate.find import FoundDirection, find_in
 from abliterate.hub.courier import Courier, courier
-from abliterate.hub.repository import Destination
+from abliterate.hub.repository import Destination, Repository
 from abliterate.hub.repository import prepare as prepare_repository
 from abliterate.identity import identity_of
-from abliterate.job import BaseFindings, Job, Written, command_of, output_bytes, unties
+from abliterate.job import BaseFindings, Job, Written, command_of, output_bytes, passes_of, unties
 from abliterate.journal import Journal
 from abliterate.measuring import discovered_tokens, evaluation_set
 from abliterate.prompting import load_calibration
@@ -49,7 +50,8 @@ from abliterate.record import (
 )
 from abliterate.resume import bytes_in, keep_only, working
 from abliterate.stages import Once, Stages
-from abliterate.subject import RunOptions, Subject, load_model, open_subject, subject_at
+from abliterate.subject import RunOptions, Subject, load_model, opened, subject_at
+from abliterate.traffic import tell_traffic
 
 log = logging.getLogger(__name__)
 
@@ -110,20 +112,28 @@ def convert(
     check_target(Path(out), overwrite=overwrite, inputs=[local.folder] if local else [])
     options = options or RunOptions()
     repository = prepare_repository(push_to) if push_to else None
-    subject = open_subject(model, revision, options.trust_remote_code, options.inexact)
-    job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
-    progress, checkpoint = options.progress, job.subject.checkpoint
+    with opened(model, revision, options, options.inexact) as subject:
+        job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
+        tell_traffic(subject, options, passes_of(job))
+        return _converted(job, Path(out), overwrite, repository)
+
+
+def _converted(job: Job, out: Path, overwrite: bool, repository: Repository | None) -> Conversion:
+    """See `convert`."""
+    options, checkpoint = job.options, job.subject.checkpoint
+    progress = options.progress
     with (
-        working(Path(out), checkpoint, identity_of(job), overwrite=overwrite, progress=progress) as (staging, journal),
+        working(out, checkpoint, identity_of(job), overwrite=overwrite, progress=progress) as (staging, journal),
         courier(repository, progress, output_bytes(job)) as sender,
     ):
-        check_space(staging.folder, output_bytes(job) - bytes_in(staging.folder))
+        shelf = unfilled(checkpoint.keeper, staging.folder)
+        check_space(staging.folder, output_bytes(job) - bytes_in(staging.folder) + shelf)
         job = replace(job, options=replace(options, scratch=staging.folder))
         findings = study_base(job, journal)
         written = write_edited(job, findings, staging.folder, journal, sender)
         certificate, edited = prove(job, findings, staging.folder, journal)
         manifest = portable_manifest(describe(job, findings, written, certificate, edited))
-        publish_files(job, findings, written, manifest, staging.folder, Path(out).resolve().name)
+        publish_files(job, findings, written, manifest, staging.folder, out.resolve().name)
         delivered = deliver(sender, certificate.sound, staging.folder)
         return _finish(staging, certificate, manifest, delivered)
 

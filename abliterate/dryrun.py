@@ -8,15 +8,17 @@ from abliterate.calibration.load import pick_device, pick_dtype
 from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.glimpse import glimpse
+from abliterate.checkpoint.keeper import unfilled
 from abliterate.checkpoint.output import check_target
 from abliterate.conversion import prepare
 from abliterate.hub.explain import client_log
 from abliterate.hub.repository import Destination, look
 from abliterate.identity import identity_of
-from abliterate.job import Job, output_bytes
+from abliterate.job import Job, output_bytes, passes_of
 from abliterate.recipe import Recipe
 from abliterate.resume import outlook
 from abliterate.subject import RunOptions, placement_of, subject_at
+from abliterate.traffic import traffic_words
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,17 @@ def dry_run(
         AbliterateError: `convert` would fail in the same way.
     """
     push = _push_summary(push_to) if push_to else None
-    with glimpse(model, revision) as source:
-        options = options or RunOptions()
+    options = options or RunOptions()
+    with glimpse(model, revision, options.cache_limit) as source:
         subject = subject_at(source, options.trust_remote_code, options.inexact)
         job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
         check_target(Path(out), overwrite=overwrite, inputs=[job.subject.folder])
         whole = subject.source.model_id is None
         left = outlook(Path(out), identity_of(job), overwrite=overwrite, files=whole)
-        check_space(next(parent for parent in Path(out).resolve().parents if parent.exists()), output_bytes(job))
-        words = filter(None, (_summary(job, Path(out)), left, push))
-        return DryRun(job.subject.plan, job.subject.checkpoint, "; ".join(words))
+        place = next(parent for parent in Path(out).resolve().parents if parent.exists())
+        check_space(place, output_bytes(job) + unfilled(subject.checkpoint.keeper, place))
+        words = (_summary(job, Path(out)), traffic_words(subject, options, passes_of(job)), left, push)
+        return DryRun(job.subject.plan, job.subject.checkpoint, "; ".join(filter(None, words)))
 
 
 def _push_summary(to: Destination) -> str:

@@ -22,7 +22,8 @@ from abliterate.progress import Progress
 from abliterate.prompting import Prompts, chat_format, encode, load_calibration
 from abliterate.recipe import DirectionRecipe, Recipe, load_recipe
 from abliterate.stages import NO_STAGES, Once, Stages
-from abliterate.subject import RunOptions, load_model, open_subject, tokenizer_of
+from abliterate.subject import RunOptions, Subject, load_model, opened, tokenizer_of
+from abliterate.traffic import CALIBRATION, Passes, tell_traffic
 
 log = logging.getLogger(__name__)
 
@@ -163,14 +164,19 @@ def find_direction(
         check_file_target(Path(out), overwrite)
     options = options or RunOptions()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    subject = open_subject(model, revision, options.trust_remote_code, inexact=True)
+    with opened(model, revision, options, inexact=True) as subject:
+        found = _found(subject, recipe, options)
+    if out is not None:
+        write_file(Path(out), found.file_bytes())
+    return found
+
+
+def _found(subject: Subject, recipe: Recipe, options: RunOptions) -> FoundDirection:
     prompts = load_calibration(recipe.calibration, options.seed)
     tokenizer = tokenizer_of(subject, options)
     chat = chat_format(tokenizer, recipe.calibration, options.template, options.system_prompt)
     plan = subject.plan
     tied = plan.shares_edit and (recipe.edit.head == "tied" or plan.untying is None)
     base = Once(lambda: load_model(subject, options, tied_head=tied, tokenizer=tokenizer))
-    found = find_in(base, chat, prompts, recipe, options.progress)
-    if out is not None:
-        write_file(Path(out), found.file_bytes())
-    return found
+    tell_traffic(subject, options, Passes(CALIBRATION, 0))
+    return find_in(base, chat, prompts, recipe, options.progress)

@@ -16,8 +16,8 @@ from abliterate.subject import RunOptions, Subject, versions
 
 SHOWN = 3
 """So many differences a message names."""
-WITHOUT_EFFECT = {"progress", "memory", "scratch"}
-"""Options that the output does not depend on: streamed and in memory, weights give the same bits."""
+WITHOUT_EFFECT = {"progress", "memory", "scratch", "cache_limit"}
+"""Options that the output does not depend on: wherever they are, weights give the same bits."""
 
 
 def identity_of(job: Job) -> dict[str, Any]:

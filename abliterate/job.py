@@ -19,6 +19,7 @@ from abliterate.record import (
     EditRecord,
 )
 from abliterate.subject import RunOptions, Subject
+from abliterate.traffic import BESIDE_ANSWERS, CALIBRATION, DISCOVERY, Passes
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ def unties(job: Job) -> bool:
     """Whether the head is to keep the unedited embedding: not where that would take other shared tensors apart."""
     plan = job.subject.plan
     return plan.shares_edit and plan.untying is not None and job.recipe.edit.head == "untied"
+
+
+def passes_of(job: Job) -> Passes:
+    """Of a conversion, over the base."""
+    answers = (job.options.max_new_tokens or job.recipe.evaluation.max_new_tokens) if job.evaluate else 0
+    named = job.recipe.direction.refusal_tokens != "auto"
+    calibration = CALIBRATION - (DISCOVERY - 1) * named
+    found = calibration if job.direction_file is None else DISCOVERY if job.evaluate else 0
+    before = found + answers + BESIDE_ANSWERS * job.evaluate
+    gains = any(writer.gain or writer.skip for writer in job.subject.plan.writers)
+    return Passes(before + (before > 0), 2 + gains, answers)
 
 
 def command_of(subject: Subject, recipe: Recipe, direction: Path | None, options: RunOptions, evaluate: bool) -> str:

@@ -8,7 +8,7 @@ import click
 
 from abliterate.completing import complete_model, complete_recipe
 from abliterate.errors import AbliterateError
-from abliterate.sizes import parse_memory
+from abliterate.sizes import parse_memory, parse_size
 
 Command = Callable[..., Any]
 
@@ -28,6 +28,13 @@ def _memory(_context: click.Context, _parameter: click.Parameter, value: str) ->
     except AbliterateError as error:
         raise click.BadParameter(str(error)) from error
     return value
+
+
+def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    try:
+        return parse_size(value) if value is not None else None
+    except AbliterateError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -81,6 +88,12 @@ inexact_option = click.option(
 )
 max_new_tokens_option = click.option(
     "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Of completions.  [default: the recipe's]"
+)
+cache_limit_option = click.option(
+    "--cache-limit",
+    metavar="SIZE",
+    callback=_size,
+    help="Fetch shards of a Hub model as they are needed, and have no more than SIZE (100GB) of them on the disk.",
 )
 judge_option = click.option(
     "--judge",

@@ -6,12 +6,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoint.files import Checkpoint
-from abliterate.checkpoint.hashing import file_sha256
+from abliterate.checkpoint.hashing import file_sha256, shard_sha256
 from abliterate.checkpoint.output import Staging, staged
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.checkpoint.target import resolved
@@ -120,15 +119,17 @@ def _recheck(journal: Journal, checkpoint: Checkpoint, progress: Progress) -> li
         Names of inputs that have changed.
     """
     changed = []
-    records = {shard.path: journal.all_shards.get(shard.path.name) for shard in checkpoint.shards}
-    total = sum(2 * record.bytes for record in records.values() if record)
-    with progress.bar("check shards", total, "B") as advance, ThreadPoolExecutor(2) as threads:
+    records = [(shard, journal.all_shards.get(shard.path.name)) for shard in checkpoint.shards]
+    total = sum(2 * record.bytes for _, record in records if record)
+    with progress.bar("check shards", total, "B") as advance, ThreadPoolExecutor(1) as threads:
         count = from_any_thread(advance)
-        for source, record in records.items():
+        for source, record in records:
             if record is None:
                 continue
             target = journal.work.new / record.name
-            before, after = threads.map(partial(file_sha256, advance=count), (source, target))
+            earlier = threads.submit(shard_sha256, source, count)
+            after = file_sha256(target, count)
+            before = earlier.result()
             if record.sha256_in is not None and before != record.sha256_in:
                 changed.append(record.name)
             elif record.sha256_out is None or after != record.sha256_out:

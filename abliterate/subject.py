@@ -2,7 +2,8 @@
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from abliterate.architecture.entry import check_type, find_entry
 from abliterate.architecture.plan import plan_architecture
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.load import load_resident, load_tokenizer, pick_device, pick_dtype
-from abliterate.calibration.memory import Need, Placement, need_of, place
+from abliterate.calibration.memory import Need, Placement, need_of, place, place_fetched
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.streaming import load_streamed
 from abliterate.checkpoint.files import Checkpoint, open_checkpoint
 from abliterate.checkpoint.header import DTYPES
 from abliterate.checkpoint.locate import Source, resolve
+from abliterate.checkpoint.ondemand import located
 from abliterate.errors import RefusedError
 from abliterate.probing import inexact_entry, probed_entry
 from abliterate.progress import SILENT, Progress
@@ -42,6 +44,7 @@ class RunOptions:
         system_prompt: None leaves it to the template.
         memory: where weights are while a model runs: auto, resident, streamed, or a size (see `parse_memory`).
         scratch: folder for what outgrows memory; None takes the system's for temporary files.
+        cache_limit: bytes of a Hub model's shards that may be on the disk at once; None downloads it whole.
         max_new_tokens: of completions in evaluations; None leaves it to the recipe.
         hash_files: take sha256 of weights that are read and written.
     """
@@ -56,6 +59,7 @@ class RunOptions:
     system_prompt: str | None = None
     memory: str = "auto"
     scratch: Path | None = field(default=None, compare=False)
+    cache_limit: int | None = None
     max_new_tokens: int | None = None
     hash_files: bool = True
     progress: Progress = field(default=SILENT, compare=False)
@@ -102,9 +106,20 @@ def open_subject(
     return subject_at(resolve(model, revision), trust_remote_code, inexact)
 
 
+@contextmanager
+def opened(model: str, revision: str | None, options: RunOptions, inexact: bool = False) -> Iterator[Subject]:
+    """`open_subject`, and while this lasts, with a cache limit, its shards are fetched when they are asked for.
+
+    Raises:
+        HubError: the Hub fails.
+    """
+    with located(model, revision, options.cache_limit, options.progress) as source:
+        yield subject_at(source, options.trust_remote_code, inexact)
+
+
 def subject_at(source: Source, trust_remote_code: bool = False, inexact: bool = False) -> Subject:
     """See `open_subject`."""
-    checkpoint = open_checkpoint(source.folder)
+    checkpoint = open_checkpoint(source.folder, source.keeper)
     return Subject(source, checkpoint, plan_of(checkpoint, trust_remote_code, inexact))
 
 
@@ -157,7 +172,8 @@ def load_model(
 
 def placement_of(subject: Subject, options: RunOptions, dtype: torch.dtype, device: torch.device) -> Placement:
     """Where the weights will be while the model runs, by what it needs and what there is."""
-    return place(parse_memory(options.memory), _need(subject, options, dtype), device)
+    placing = place if subject.checkpoint.keeper is None else place_fetched
+    return placing(parse_memory(options.memory), _need(subject, options, dtype), device)
 
 
 def _need(subject: Subject, options: RunOptions, dtype: torch.dtype) -> Need:

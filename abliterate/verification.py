@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.certify.certificate import Certificate
-from abliterate.checkpoint.files import DIRECTION_FILE
-from abliterate.checkpoint.hashing import file_sha256
+from abliterate.checkpoint.files import DIRECTION_FILE, Checkpoint
+from abliterate.checkpoint.hashing import file_sha256, shard_sha256
 from abliterate.checkpoint.regular import is_file
 from abliterate.direction.files import load_cut
 from abliterate.edit.cut import Cut
@@ -14,7 +14,8 @@ from abliterate.errors import CheckpointError
 from abliterate.progress import Progress
 from abliterate.proving import assemble, certify_stream, stream_text, tongue_of
 from abliterate.publish.manifest import MANIFEST_NAME, read_manifest
-from abliterate.subject import RunOptions, Subject, open_subject
+from abliterate.subject import RunOptions, Subject, opened
+from abliterate.traffic import CERTIFICATE, Passes, tell_traffic
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,19 @@ def verify(
         CheckpointError: there is no direction to verify against.
     """
     options = options or RunOptions()
-    subject = open_subject(checkpoint, revision, options.trust_remote_code, inexact=True)
+    with opened(checkpoint, revision, options, inexact=True) as subject:
+        return _verified(subject, direction, options)
+
+
+def _verified(subject: Subject, direction: Path | str | None, options: RunOptions) -> Verification:
     recorded = _recorded(subject.folder)
     cut = _cut(subject, direction, recorded)
     tongue = tongue_of(subject, options)
     text = stream_text(subject, tongue, options.trust_remote_code)
+    tell_traffic(subject, options, Passes(CERTIFICATE, 1), "float32")
     stream = certify_stream(subject, options, text, cut.main)
     certificate = assemble(subject, None, cut, text, stream, None)
-    wrong = mismatches(subject.folder, recorded.hashes, options.progress) if recorded else ()
+    wrong = mismatches(subject.checkpoint, recorded.hashes, options.progress) if recorded else ()
     return Verification(certificate, wrong, recorded is not None, recorded is not None and recorded.hashed)
 
 
@@ -113,12 +119,13 @@ def _cut(subject: Subject, given: Path | str | None, recorded: _Recorded | None)
     return load_cut(path, subject.plan.hidden_size, subject.plan.num_layers, strength, keep)
 
 
-def mismatches(folder: Path, hashes: Mapping[str, str], progress: Progress) -> tuple[str, ...]:
+def mismatches(checkpoint: Checkpoint, hashes: Mapping[str, str], progress: Progress) -> tuple[str, ...]:
     """Names of the files whose sha256 is not the one recorded, or that are not there."""
-    return tuple(name for name, wanted in hashes.items() if _sha256(folder, name, progress) != wanted)
+    return tuple(name for name, wanted in hashes.items() if _sha256(checkpoint, name, progress) != wanted)
 
 
-def _sha256(folder: Path, name: str, progress: Progress) -> str | None:
-    path = folder / Path(name).name
+def _sha256(checkpoint: Checkpoint, name: str, progress: Progress) -> str | None:
+    path = checkpoint.folder / Path(name).name
+    shard = next((shard for shard in checkpoint.shards if shard.path == path), None)
     with progress.bar(f"hash {path.name}", path.stat().st_size if is_file(path) else 0, "B") as advance:
-        return file_sha256(path, advance)
+        return shard_sha256(shard, advance) if shard else file_sha256(path, advance)

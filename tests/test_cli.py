@@ -27,10 +27,10 @@ OPTIONS = {
     "convert": COMMON
     | PROMPTS
     | {"--direction", "--dry-run", "--overwrite", "--no-evaluate", "--no-hash", "--exhaustive"}
-    | {"--push-to", "--private", "--public"},
-    "direction": COMMON | PROMPTS | {"-o", "--exhaustive"},
+    | {"--push-to", "--private", "--public", "--cache-limit"},
+    "direction": COMMON | PROMPTS | {"-o", "--exhaustive", "--cache-limit"},
     "plan": {"--revision", "--json", "-v", "-q"},
-    "verify": COMMON | {"--direction", "--template"},
+    "verify": COMMON | {"--direction", "--template", "--cache-limit"},
     "evaluate": COMMON | PROMPTS | {"--baseline", "--judge", "--tasks", "--task-path", "--save-completions"},
     "audit": COMMON | PROMPTS | {"-o", "--exhaustive", "--prompts", "--directions", "--overwrite", "--memory"},
     "compare": COMMON

@@ -94,6 +94,19 @@ def place(memory: str | int, need: Need, device: torch.device) -> Placement:
     return _streamed(need, device, limit, f"{shown(need.total)} of weights do not fit into {shown(free)}")
 
 
+def place_fetched(memory: str | int, need: Need, device: torch.device) -> Placement:
+    """As `place`, where shards come and go: weights then come layer by layer, and stay as far as there is room.
+
+    What does not stay is downloaded again for every pass.
+    """
+    plain = place(memory, need, device)
+    if plain.streamed:
+        return plain
+    if plain.spread:
+        return _streamed(need, device, int(available(device) * SHARE), "fetched weights are not spread over devices")
+    return Placement(True, len(need.layers), device.type == "cuda", reason=f"{plain.reason}, once they are fetched")
+
+
 def _streamed(need: Need, device: torch.device, limit: int, reason: str) -> Placement:
     """Layers stay, from the first on, as far as there is room beside the one that computes and the next one."""
     beside = need.beside if device.type != "cpu" else 0

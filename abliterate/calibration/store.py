@@ -19,6 +19,7 @@ from abliterate.architecture.conversion import Filler
 from abliterate.architecture.writer import layer_of
 from abliterate.calibration.spool import mapped
 from abliterate.checkpoint.files import Checkpoint
+from abliterate.checkpoint.keeper import held
 from abliterate.checkpoint.read import StoredTensor, iter_blocks
 from abliterate.errors import AbliterateError, CheckpointError, first_line
 from abliterate.malloc import give_back
@@ -128,8 +129,10 @@ class LayerStore:
             self._coming[index] = self._thread.submit(self._fill_layer, index)
 
     def _fill_layer(self, index: int) -> None:
-        with torch.cuda.stream(self._copies) if self._copies else nullcontext():
-            self._fill(self._groups[index].names)
+        names = self._groups[index].names
+        shards = {shard.path: shard for shard in map(self._checkpoint.shard_of, names)}
+        with held([*shards.values()]), torch.cuda.stream(self._copies) if self._copies else nullcontext():
+            self._fill(names)
         if self._copies:
             self._copies.synchronize()
         self.layers[index].requires_grad_(False)
@@ -148,7 +151,9 @@ class LayerStore:
 
     def _announce(self, names: Sequence[str]) -> None:
         """Has the system read what comes next while this layer computes; it goes into no memory of ours."""
-        for path in {self._checkpoint.shard_of(name).path for name in names} if hasattr(os, "posix_fadvise") else ():
+        if self._checkpoint.keeper is not None or not hasattr(os, "posix_fadvise"):
+            return
+        for path in {self._checkpoint.shard_of(name).path for name in names}:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for start, size in _ranges(self._checkpoint, names, path):

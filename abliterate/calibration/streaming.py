@@ -47,6 +47,11 @@ def load_streamed(
     Raises:
         CheckpointError: weights are missing, or of the wrong shape.
     """
+    if checkpoint.keeper is not None and not usable():
+        raise CheckpointError(
+            "this version of transformers loads layers from whole checkpoints alone: leave out --cache-limit, or "
+            "install another version"
+        )
     how = _How(checkpoint, plan, placement, device, dtype, scratch, trust_remote_code)
     model, runner = _by_layer(how) if usable() else _by_accelerate(how)
 

@@ -112,14 +112,15 @@ def _reason_to_leave(path: Path, checkpoint: Checkpoint) -> str | None:
     name = path.relative_to(checkpoint.folder).as_posix()
     if any(fnmatch(f"/{name}", f"*/{pattern}") for pattern in OTHER_WEIGHTS):
         return "unedited weights in another format"
-    if path.suffix == ".safetensors" and _repeats_weights(path, checkpoint):
+    if path.suffix == ".safetensors" and repeats_weights(path, checkpoint):
         return "it repeats tensors of the checkpoint, unedited"
     if path.name.endswith(".safetensors.index.json"):
         return "an index of weights that are not carried over"
     return None
 
 
-def _repeats_weights(path: Path, checkpoint: Checkpoint) -> bool:
+def repeats_weights(path: Path, checkpoint: Checkpoint) -> bool:
+    """Whether a file holds tensors that the checkpoint has in its shards."""
     try:
         return not checkpoint.tensors.keys().isdisjoint(read_header(path).tensors)
     except CheckpointError:

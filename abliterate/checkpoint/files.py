@@ -4,13 +4,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from abliterate.checkpoint.header import Header, TensorInfo, read_header
 from abliterate.checkpoint.jsontext import MAX_DEPTH, is_shallow
+from abliterate.checkpoint.keeper import Keeper
 from abliterate.checkpoint.regular import is_file, read_regular
 from abliterate.errors import CheckpointError
 
@@ -67,21 +68,31 @@ class Checkpoint:
         return self._homes[name]
 
     @property
+    def keeper(self) -> Keeper | None:
+        """Has the shards on the disk when they are asked for; None where they are in the folder."""
+        return self.shards[0].keeper
+
+    @property
     def nbytes(self) -> int:
         """Size of all shards, headers included."""
         return sum(shard.file_size for shard in self.shards)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, keeper: Keeper | None = None) -> Checkpoint:
     """Reads configuration, index and headers of a checkpoint folder, and no weights.
+
+    Args:
+        folder: where it is.
+        keeper: has the shards, whose files in the folder hold their headers alone; None where they are whole.
 
     Raises:
         CheckpointError: something is missing, damaged, contradictory, points outside the folder, or quantized.
     """
     try:
-        return _open(folder)
+        checkpoint = _open(folder)
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+    return replace(checkpoint, shards=tuple(replace(shard, keeper=keeper) for shard in checkpoint.shards))
 
 
 def _open(folder: Path) -> Checkpoint:

@@ -18,19 +18,25 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 def fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
     """Size, time of the last change and a hash of every file, by its name in the checkpoint.
 
+    Of one whose shards come and go, the shards are told by what the Hub says of them, and times do not count: its files
+    belong to a commit, and may be fetched anew.
+
     Raises:
         CheckpointError: a file cannot be read.
     """
-    headers = {shard.path: shard.raw for shard in checkpoint.shards}
+    shards, keeper = {shard.path: shard for shard in checkpoint.shards}, checkpoint.keeper
     found = {}
     for path in files_in(checkpoint.folder):
         if path.is_file():
             name = path.relative_to(checkpoint.folder).as_posix()
-            found[name] = _fingerprint(path, headers.get(path, b""))
+            if keeper is not None and path in shards:
+                found[name] = keeper.fingerprint(path.name)
+            else:
+                found[name] = _fingerprint(path, shards[path].raw if path in shards else b"", keeper is None)
     return found
 
 
-def _fingerprint(path: Path, header: bytes) -> str:
+def _fingerprint(path: Path, header: bytes, timed: bool) -> str:
     digest = hashlib.sha256(header)
     try:
         with path.open("rb") as file:
@@ -39,7 +45,8 @@ def _fingerprint(path: Path, header: bytes) -> str:
                 digest.update(block)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    return f"{status.st_size} {status.st_mtime_ns} {digest.hexdigest()}"
+    time = f"{status.st_mtime_ns} " if timed else ""
+    return f"{status.st_size} {time}{digest.hexdigest()}"
 
 
 def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:

@@ -8,12 +8,13 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from abliterate.checkpoint.keeper import Keeper
 from abliterate.checkpoint.regular import open_regular
 from abliterate.errors import CheckpointError
 
@@ -76,6 +77,7 @@ class Header:
         metadata: the `__metadata__` entry, empty where there is none.
         data_start: offset of the data section in the file; equals `len(raw)`.
         file_size: of the whole file, in bytes.
+        keeper: has the file on the disk when it is asked for; None where it is at `path`.
     """
 
     path: Path
@@ -84,6 +86,7 @@ class Header:
     metadata: Mapping[str, str]
     data_start: int
     file_size: int
+    keeper: Keeper | None = field(default=None, compare=False, repr=False)
 
     @property
     def data_bytes(self) -> int:

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import huggingface_hub
@@ -18,8 +18,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from abliterate.checkpoint.crew import StoppedError
 from abliterate.checkpoint.files import HOW_TO_CONVERT, OTHER_WEIGHTS
-from abliterate.errors import CheckpointError
+from abliterate.checkpoint.keeper import Keeper
+from abliterate.checkpoint.room import check_room
+from abliterate.errors import AbliterateError, CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +38,14 @@ class Source:
         model_id: its Hub id; None for a local folder.
         revision: the branch, tag or commit that was asked for.
         commit: the commit that it stood for.
+        keeper: fetches shards when they are asked for; None where they are in the folder.
     """
 
     folder: Path
     model_id: str | None
     revision: str | None
     commit: str | None
+    keeper: Keeper | None = field(default=None, compare=False)
 
 
 def resolve(model: str, revision: str | None = None) -> Source:
@@ -89,6 +94,7 @@ def whole(model: str, revision: str | None = None) -> Source:
     model_id, wanted = named(model, revision)
     log.info("fetching %s%s", model_id, f"@{wanted}" if wanted else "")
     with explained(model_id, wanted):
+        check_room(model_id, wanted)
         found = huggingface_hub.snapshot_download(model_id, revision=wanted, ignore_patterns=list(OTHER_WEIGHTS))
     folder = Path(str(found))
     if not any(folder.glob("*.safetensors")):
@@ -117,18 +123,18 @@ def _check_id(model: str, model_id: str, revision: str) -> None:
 
 
 @contextmanager
-def explained(model_id: str, revision: str | None) -> Iterator[None]:
+def explained(model_id: str, revision: str | None, kind: type[AbliterateError] = CheckpointError) -> Iterator[None]:
     """Turns whatever the Hub client raises into one line, without tokens.
 
     Raises:
-        CheckpointError: instead of any error.
+        AbliterateError: of that kind, instead of any error.
     """
     try:
         yield
-    except CheckpointError:
+    except (AbliterateError, StoppedError):
         raise
     except Exception as error:  # the client's own transport errors have no common base
-        raise CheckpointError(_explain(error, model_id, revision)) from error
+        raise kind(_explain(error, model_id, revision)) from error
 
 
 def without_secrets(text: str) -> str:
@@ -150,6 +156,9 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
             f"{model_id} is not a folder here, not whole in the Hub's cache, and the Hub cannot be reached: go online"
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"disk full while fetching {model_id}: free space, or set HF_HOME to a folder on another disk"
+        return (
+            f"disk full while fetching {model_id}: free space, set HF_HOME to a folder on another disk, or give a "
+            "(smaller) --cache-limit"
+        )
     reason = without_secrets(str(error))[:200]
     return f"{model_id} cannot be fetched from the Hub ({type(error).__name__}: {reason}); try again"

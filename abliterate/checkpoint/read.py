@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoint.header import DTYPES, Header, TensorInfo
+from abliterate.checkpoint.keeper import Check, go_on, held
 from abliterate.errors import CheckpointError
 
 BLOCK_BYTES = 8 << 20
@@ -61,13 +62,15 @@ class StoredTensor:
     def __getitem__(self, index: Any) -> Tensor:
         """The tensor, its bytes mapped from the file where they lie as its dtype needs; writing changes no file.
 
+        Of a shard that comes and goes they are copied: a file that is mapped takes disk space until it is no more.
+
         Raises:
             CheckpointError: the shard cannot be read, or is not the file whose header was read.
         """
         begin = self.header.data_start + self.info.start
         inside = begin % mmap.ALLOCATIONGRANULARITY
         dtype = DTYPES[self.info.dtype]
-        if self.info.nbytes == 0 or inside % dtype.itemsize:
+        if self.info.nbytes == 0 or inside % dtype.itemsize or self.header.keeper is not None:
             return read_tensor(self.header, self.info)[index]
         with open_shard(self.header) as fd:
             try:
@@ -116,25 +119,30 @@ def read_rows(fd: int, header: Header, info: TensorInfo, rows: slice, buffer: Te
 
 
 @contextmanager
-def open_shard(header: Header) -> Iterator[int]:
-    """Opens a shard for reading.
+def open_shard(header: Header, check: Check = go_on) -> Iterator[int]:
+    """Opens a shard for reading, fetching it first where it is not on the disk.
+
+    Args:
+        check: called often while it is fetched; stops that by raising.
 
     Yields:
         The file descriptor.
 
     Raises:
         CheckpointError: it cannot be opened, or is not the file whose header was read.
+        HubError: it cannot be fetched.
     """
-    try:
-        fd = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it may have become a pipe
-    except OSError as error:
-        raise CheckpointError(f"{header.path} cannot be read: {error.strerror}") from error
-    try:
-        if os.fstat(fd).st_size != header.file_size:
-            raise changed(header.path)
-        yield fd
-    finally:
-        os.close(fd)
+    with held([header], check) as (path,):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it may have become a pipe
+        except OSError as error:
+            raise CheckpointError(f"{header.path} cannot be read: {error.strerror}") from error
+        try:
+            if os.fstat(fd).st_size != header.file_size:
+                raise changed(header.path)
+            yield fd
+        finally:
+            os.close(fd)
 
 
 def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:

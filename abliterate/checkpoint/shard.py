@@ -113,7 +113,7 @@ def write_shard(job: ShardJob, final: Path, workers: Crew) -> ShardRecord:
         OutputError: a file of that name is there.
     """
     with ExitStack() as stack:
-        source = stack.enter_context(open_shard(job.source))
+        source = stack.enter_context(open_shard(job.source, workers.check))
         target = stack.enter_context(new_file(final))
         before = _identity(source)
         pieces = list(_pieces(job))
@@ -131,7 +131,10 @@ def write_shard(job: ShardJob, final: Path, workers: Crew) -> ShardRecord:
 def _digests(job: ShardJob, hashes: Sequence[FollowingHash] | None) -> tuple[str | None, str | None]:
     if hashes is None:
         return None, None
-    return hashes[0].finish(job.source.file_size), hashes[1].finish(job.target.file_size)
+    source, target = hashes[0].finish(job.source.file_size), hashes[1].finish(job.target.file_size)
+    if job.source.keeper and job.source.keeper.sha256(job.source.path.name) not in (None, source):
+        raise changed(job.source.path)
+    return source, target
 
 
 def _write_header(job: ShardJob, source: int, target: int) -> None:

@@ -10,6 +10,7 @@ from abliterate.commands.given import print_plan_as, recipe_from, run_options_fr
 from abliterate.completing import complete_folder
 from abliterate.errors import AbliterateError
 from abliterate.options import (
+    cache_limit_option,
     exhaustive_option,
     inexact_option,
     json_option,
@@ -39,6 +40,7 @@ from abliterate.terminal import loading, telling_what_is_left
 )
 @exhaustive_option
 @run_options
+@cache_limit_option
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
 @click.option(
     "--overwrite", is_flag=True, help="Replace OUT if it is there, and drop what another command left unfinished."

@@ -8,6 +8,7 @@ import click
 
 from abliterate.commands.given import recipe_from, run_options_from
 from abliterate.options import (
+    cache_limit_option,
     exhaustive_option,
     json_option,
     model_argument,
@@ -35,6 +36,7 @@ from abliterate.terminal import echo_json, loading
 @prompt_options
 @exhaustive_option
 @run_options
+@cache_limit_option
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
 @json_option
 @voice_options

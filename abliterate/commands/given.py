@@ -25,6 +25,7 @@ def run_options_from(given: Mapping[str, Any]) -> Any:
     set_up_logging(given)
     chosen = {name: given[name] for name in names} | {"inexact": given.get("inexact", False)}
     chosen["max_new_tokens"] = given.get("max_new_tokens")
+    chosen["cache_limit"] = given.get("cache_limit")
     chosen["hash_files"] = not given.get("no_hash", False)
     return RunOptions(**chosen, progress=Progress(False if given["quiet"] else None))
 

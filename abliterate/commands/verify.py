@@ -8,7 +8,7 @@ import click
 from abliterate.commands.given import run_options_from
 from abliterate.completing import complete_model
 from abliterate.errors import AbliterateError
-from abliterate.options import json_option, revision_option, run_options, voice_options
+from abliterate.options import cache_limit_option, json_option, revision_option, run_options, voice_options
 from abliterate.terminal import echo_json, loading
 
 
@@ -23,6 +23,7 @@ from abliterate.terminal import echo_json, loading
 )
 @click.option("--template", metavar="NAME|FILE", help="Chat template for a model without one.")
 @run_options
+@cache_limit_option
 @json_option
 @voice_options
 def verify(checkpoint: str, direction: Path | None, as_json: bool, **given: Any) -> None:

@@ -1,0 +1,130 @@
+"""How much a run fetches whose shards come and go, said before it begins; docs/hub.md."""
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from abliterate.architecture.blueprint import read_blueprint
+from abliterate.architecture.writer import layer_of
+from abliterate.calibration.load import pick_device, pick_dtype
+from abliterate.checkpoint.turns import least, traffic
+from abliterate.errors import CheckpointError
+from abliterate.sizes import enough, short
+from abliterate.subject import RunOptions, Subject, placement_of
+
+log = logging.getLogger(__name__)
+
+CALIBRATION = 27
+"""Passes through the model of a calibration with default settings (docs/performance.md)."""
+DISCOVERY = 18
+"""Of one that finds the refusal tokens alone, the first look at the model included."""
+CERTIFICATE = 2
+"""Of a certificate's stream, the first look included."""
+BESIDE_ANSWERS = 3
+"""Of an evaluation, beside one for each token of the answers."""
+MOST = 100
+"""So many times the checkpoint is more than anyone means to fetch."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a run goes through the weights.
+
+    Attributes:
+        model: with all its prompts. `reads`: over the shards alone.
+        answers: of `model`, those that are for answers, one a token.
+    """
+
+    model: int
+    reads: int
+    answers: int = 0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What is fetched, in bytes.
+
+    Attributes:
+        total: in all. `again`: for every further pass through the model, once shards take turns.
+        least: the smallest limit that works.
+    """
+
+    total: int
+    again: int
+    least: int
+
+
+def tell_traffic(subject: Subject, options: RunOptions, passes: Passes, dtype: str | None = None) -> None:
+    """Says what a run will fetch, where its shards come and go.
+
+    Raises:
+        CheckpointError: the limit is too small for a pass, or it would be too much by far.
+    """
+    words = traffic_words(subject, options, passes, dtype)
+    if words is not None:
+        log.warning("%s: %s", subject.name, words)
+
+
+def traffic_words(subject: Subject, options: RunOptions, passes: Passes, dtype: str | None = None) -> str | None:
+    """What `tell_traffic` says; None where nothing is fetched on the way."""
+    keeper, size = subject.checkpoint.keeper, subject.checkpoint.nbytes
+    if keeper is None:
+        return None
+    found = foresee(subject, options, passes, dtype)
+    if keeper.limit < found.least:
+        raise CheckpointError(
+            f"--cache-limit {keeper.limit} is too little for {subject.name}: {found.least:,} bytes of its shards are "
+            f"needed at once; give {enough(found.least)} or more"
+        )
+    less = "a larger --cache-limit or more --memory fetches less"
+    if passes.answers and found.again:
+        less += f", and so does --no-evaluate: answers of {passes.answers} tokens take as many passes"
+    if found.total > MOST * size:
+        raise CheckpointError(
+            f"{subject.name} of {short(size)} would be fetched more than {MOST} times over, {short(found.total)} in "
+            f"all, {short(found.again)} for each of {passes.model} passes: {less}; --max-new-tokens makes them fewer"
+        )
+    once = (
+        f"{short(size)} in {len(subject.checkpoint.shards)} shards, at most {short(keeper.limit)} on the disk at once"
+    )
+    again = f"; every pass fetches {short(found.again)} again: {less}" if found.again else ""
+    return f"{once}; about {short(found.total)} will be fetched{again}"
+
+
+def foresee(subject: Subject, options: RunOptions, passes: Passes, dtype: str | None = None) -> Traffic:
+    """By going through the shards as the passes will."""
+    checkpoint, keeper = subject.checkpoint, subject.checkpoint.keeper
+    assert keeper is not None
+    device = pick_device(options.device)
+    computing = pick_dtype(dtype or options.dtype, device, subject.stored_dtype)
+    held = placement_of(subject, options, computing, device).held
+    sizes = [keeper.size(shard.path.name) for shard in checkpoint.shards]
+    beside, layers = _visits(subject, options.trust_remote_code)
+    once, every = [{number} for number in range(len(sizes))], layers[held:]
+    most = least([*layers, *once, _compared(subject)], sizes)
+    limit = max(keeper.limit, most)
+    again, read = traffic(every, sizes, limit)[1], traffic(once, sizes, limit)[1]
+    if not passes.model:
+        return Traffic(sum(sizes) + read * (passes.reads - 1), again, most)
+    first = traffic([*({number} for number in sorted(beside)), *layers], sizes, limit)[0]
+    return Traffic(first + again * (passes.model - 1) + read * passes.reads, again, most)
+
+
+def _visits(subject: Subject, trust_remote_code: bool) -> tuple[Collection[int], list[Collection[int]]]:
+    """Numbers of the shards that hold what is in no layer, and what each layer needs."""
+    checkpoint, names = subject.checkpoint, subject.plan.runtime.layers
+    numbers = {shard.path: number for number, shard in enumerate(checkpoint.shards)}
+    places = read_blueprint(subject.folder, checkpoint.config, trust_remote_code).places(checkpoint.tensors)
+    layers: dict[str | None, set[int]] = {None: set(), **{name: set() for name in names}}
+    for name, place in places.items():
+        if place.parameters:
+            layers[layer_of(place.parameters[0], names)].add(numbers[checkpoint.shard_of(name).path])
+    return layers[None], [layers[name] for name in names]
+
+
+def _compared(subject: Subject) -> Collection[int]:
+    """The shards of the embedding and of a stored copy of it, which are read side by side."""
+    plan, shards = subject.plan, subject.checkpoint.shards
+    if not plan.head_copy:
+        return ()
+    return {number for number, shard in enumerate(shards) if {plan.embedding, plan.head} & shard.tensors.keys()}
