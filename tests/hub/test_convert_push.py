@@ -77,7 +77,7 @@ def test_it_is_known_before_any_work_whether_it_can_be_pushed(
     if fault.request == "preupload":
         hub.repositories["org/name"] = Repository(private=True)
     hub.faults = [fault]
-    monkeypatch.setattr(conversion, "open_subject", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(conversion, "opened", lambda *_: pytest.fail("work was begun"))
     ran = run_here(*words)
     assert ran.code == 1 and said in ran.err and ran.err.count("\n") == 1 and names(tmp_path) == []
 
