@@ -14,8 +14,8 @@ from abliterate.certify.certificate import Certificate
 from abliterate.certify.stream import StreamResidual
 from abliterate.checkpoint.carry import carry_over, update_config
 from abliterate.checkpoint.diskio import check_space
-from abliterate.checkpoint.extend import TensorCopy, single_index
-from abliterate.checkpoint.files import DIRECTION_FILE, INDEX_SUFFIX
+from abliterate.checkpoint.extend import TensorCopy, write_single_index
+from abliterate.checkpoint.files import DIRECTION_FILE
 from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.locate import Source, find
 from abliterate.checkpoint.output import Staging, check_target, tidy
@@ -39,8 +39,7 @@ from abliterate.prompting import load_calibration
 from abliterate.proving import assemble, certify_stream, run_stream, stream_text, tongue_of
 from abliterate.publish.card import render_card
 from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_manifest
-from abliterate.publish.plot import plot_selection
-from abliterate.publish.searched import SEARCH_PLOT, search_plot
+from abliterate.publish.plots import draw
 from abliterate.pushing import Pushed, deliver
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.record import (
@@ -289,15 +288,10 @@ def publish_files(
 ) -> None:
     """Manifest, direction, selection plot, model card, and an index that keeps the direction apart from the weights."""
     if job.subject.checkpoint.index is None:
-        shard = read_header(folder / written.shards[0].name)
-        (folder / f"{shard.path.stem}{INDEX_SUFFIX}").write_bytes(single_index(shard))
+        write_single_index(read_header(folder / written.shards[0].name), folder)
     (folder / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
     (folder / DIRECTION_FILE).write_bytes(findings.direction_file)
-    if manifest["selection"]:
-        tokens = (manifest["calibration"] or {}).get("chat", {}).get("post_instruction_tokens")
-        plot_selection(manifest["selection"], folder / "selection.png", tokens)
-    if manifest["search"]:
-        (folder / SEARCH_PLOT).write_bytes(search_plot(manifest["search"]))
+    draw(manifest, folder)
     base_card = job.subject.folder / "README.md"
     text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else None
     (folder / "README.md").write_text(render_card(manifest, text, name), encoding="utf-8")
