@@ -35,6 +35,7 @@ from abliterate.identity import identity_of
 from abliterate.job import BaseFindings, Job, Written, command_of, output_bytes, unties
 from abliterate.journal import Journal
 from abliterate.measuring import discovered_tokens, evaluation_set
+from abliterate.patch.making import check_patch_target, write_patch
 from abliterate.prompting import load_calibration
 from abliterate.proving import assemble, certify_stream, run_stream, stream_text, tongue_of
 from abliterate.publish.card import render_card
@@ -82,6 +83,7 @@ def convert(
     evaluate: bool = True,
     overwrite: bool = False,
     push_to: Destination | None = None,
+    patch: Path | str | None = None,
 ) -> Conversion:
     """Converts a checkpoint.
 
@@ -95,6 +97,7 @@ def convert(
         push_to: a repository of the Hub, which shards are sent to as they are finished; see
             `abliterate.hub.repository.destination`. One commit names them once the certificate holds, and `out` comes
             to be after it; none is made where it does not.
+        patch: also write a patch there (see `make_patch`), unless the certificate fails.
 
     Returns:
         The conversion; when its certificate fails the folder is `NAME.failed` and `holds` is False.
@@ -107,6 +110,8 @@ def convert(
     local = find(model, revision)
     tidy(Path(out))
     check_target(Path(out), overwrite=overwrite, inputs=[local.folder] if local else [])
+    if patch is not None:
+        check_patch_target(Path(patch), Path(out), overwrite)
     options = options or RunOptions()
     repository = prepare_repository(push_to) if push_to else None
     subject = open_subject(model, revision, options.trust_remote_code, options.inexact)
@@ -124,7 +129,10 @@ def convert(
         manifest = portable_manifest(describe(job, findings, written, certificate, edited))
         publish_files(job, findings, written, manifest, staging.folder, Path(out).resolve().name)
         delivered = deliver(sender, certificate.sound, staging.folder)
-        return _finish(staging, certificate, manifest, delivered)
+        done = _finish(staging, certificate, manifest, delivered)
+    if patch is not None and done.holds:
+        write_patch(job.subject, done.folder, Path(patch), progress=progress)
+    return done
 
 
 def prepare(

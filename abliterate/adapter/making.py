@@ -55,38 +55,47 @@ class Adapter:
     left_out: tuple[LeftOut, ...]
 
     @property
+    def lacking(self) -> tuple[LeftOut, ...]:
+        """What is left out though the running model needs it."""
+        return tuple(each for each in self.left_out if not each.faithful)
+
+    @property
     def plain(self) -> bool:
         """Whether it is nothing but LoRA factors of matrices that are modules of their own, which any loader takes."""
         return all(each.kind in ("linear", "embedding") for each in self.held)
 
 
-def place(plan: Plan, blueprint: Blueprint, cut: Cut | None, inexact: bool = False) -> Placed:
+def place(plan: Plan, blueprint: Blueprint, cut: Cut | None, keep_norms: bool, inexact: bool = False) -> Placed:
     """Where the edit of every writer goes.
 
     Args:
-        cut: what is removed; None for all there may be.
+        cut: what is removed; None where that is not known yet, for all there may be.
+        keep_norms: columns are to keep their length.
         inexact: also where the adapter lacks a part.
 
     Raises:
         AdapterError: no adapter gives this edit; the message names what it would lack.
     """
-    if cut is not None and cut.keep_norms:
+    if keep_norms:
         raise AdapterError(
-            "an edit that keeps the length of columns scales each of them, which is of full rank: no adapter can hold "
-            "it; use --patch, or a recipe with edit.norms: free"
+            "an edit that keeps the length of columns scales every one of them, so it is of full rank and no adapter "
+            "holds it; write a checkpoint with --patch FILE, or use a recipe with edit.norms: free"
         )
     wanted = [writer.tensor for writer in plan.edited if cut is None or _removal(cut, plan, writer).strength != 0]
     placed = place_writers(plan, blueprint, wanted)
-    lacking = placed.lacking
     if not any(target.kind != "bias" for target in placed.targets):
-        raise AdapterError("there is nothing in this edit that an adapter could hold; use --patch")
-    if lacking and not inexact:
-        more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
+        raise AdapterError("nothing of this edit is what an adapter could hold; write a checkpoint with --patch FILE")
+    if placed.lacking and not inexact:
         raise AdapterError(
-            f"no adapter holds this edit whole: {'; '.join(f'{x.tensor} ({x.why})' for x in lacking[:SHOWN])}{more}; "
-            "use --patch, or --inexact for an adapter without them"
+            f"no adapter holds this edit whole: it would lack {_named(placed.lacking)}; write a checkpoint with "
+            "--patch FILE, or add --inexact for an adapter without that"
         )
     return placed
+
+
+def _named(lacking: Sequence[LeftOut]) -> str:
+    more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
+    return ", ".join(f"{each.tensor} ({each.why})" for each in lacking[:SHOWN]) + more
 
 
 def make_adapter(
@@ -101,7 +110,7 @@ def make_adapter(
     Raises:
         AdapterError: see `place`.
     """
-    placed = place(plan, blueprint, cut, inexact)
+    placed = place(plan, blueprint, cut, cut.keep_norms, inexact)
     work = _Work(checkpoint, plan, cut)
     total = sum(checkpoint.tensors[w.tensor].nbytes for target in placed.targets for w in target.writers)
     with progress.bar("factors", total, "B") as advance:

@@ -8,18 +8,17 @@ from pathlib import Path
 from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.files import Checkpoint, open_checkpoint
 from abliterate.checkpoint.fingerprint import fingerprint
+from abliterate.checkpoint.listing import FileRecord, files_by_name, hashed
 from abliterate.checkpoint.locate import Source, find, resolve
 from abliterate.checkpoint.output import check_target, tidy
 from abliterate.checkpoint.rewrite import ShardRecord, rewrite_checkpoint
 from abliterate.errors import PatchError, one_line
 from abliterate.journal import Journal
-from abliterate.patch.file import FileRecord, Patch, read_patch
+from abliterate.patch.file import Patch, read_patch
 from abliterate.patch.rebuild import (
     Work,
     base_files,
     differing,
-    files_by_name,
-    hashed,
     some,
     versions_text,
     work_of,

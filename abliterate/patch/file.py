@@ -20,6 +20,7 @@ from torch import Tensor
 from abliterate.checkpoint.files import DIRECTION_FILE
 from abliterate.checkpoint.header import Header, TensorInfo, read_header
 from abliterate.checkpoint.jsontext import is_shallow
+from abliterate.checkpoint.listing import FileRecord
 from abliterate.checkpoint.read import bytes_of, read_tensor
 from abliterate.direction.files import saved
 from abliterate.errors import AbliterateError, PatchError, first_line
@@ -35,14 +36,6 @@ MOST_BYTES, MOST_FILES = 1 << 28, 100_000
 """Of a patch, and files that it may list."""
 HEADS = ("tied", "untied", "separate")
 _SHA256, _COMMIT = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file's hash and size."""
-
-    sha256: str
-    bytes: int
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,15 @@ from abliterate.checkpoint.diskio import check_file_target, disk_errors, write_f
 from abliterate.checkpoint.extend import extended_index
 from abliterate.checkpoint.files import DIRECTION_FILE, INDEX_SUFFIX
 from abliterate.checkpoint.header import read_header
+from abliterate.checkpoint.listing import FileRecord, files_by_name, hashed, record_of
 from abliterate.checkpoint.read import read_tensor
 from abliterate.checkpoint.rewrite import rewrite_checkpoint
 from abliterate.direction.files import saved
-from abliterate.errors import PatchError, one_line
-from abliterate.patch.file import CARD, KEY, OWN, Base, Description, Edit, FileRecord, Patch, patch_bytes, read_patch
+from abliterate.errors import OutputError, PatchError, one_line
+from abliterate.patch.file import CARD, KEY, OWN, Base, Description, Edit, Patch, patch_bytes, read_patch
 from abliterate.patch.rebuild import (
     Work,
     base_files,
-    files_by_name,
-    hashed,
     some,
     versions_text,
     work_of,
@@ -70,6 +69,17 @@ def make_patch(
     subject = open_subject(base, revision, trust_remote_code, inexact=_of(manifest, "edit", "inexact") is not None)
     records = _Records.taken(subject, folder, manifest, progress)
     return write_patch(subject, folder, path, records, whole=whole, prove=True, progress=progress)
+
+
+def check_patch_target(path: Path, out: Path, overwrite: bool) -> None:
+    """Whether the patch of an OUT to come can be written.
+
+    Raises:
+        OutputError: it cannot, or would lie in OUT.
+    """
+    if path.resolve().is_relative_to(out.resolve()):
+        raise OutputError(f"the patch {path} would lie in OUT, which it is there to replace; choose another place")
+    check_file_target(path, overwrite)
 
 
 def write_patch(
@@ -162,7 +172,7 @@ def _content(subject: Subject, folder: Path, manifest: Mapping[str, Any], record
     own = {name: content for name, content in own.items() if name not in redrawn}
     said, digest = _of(manifest, "direction", "sha256"), hashlib.sha256(direction).hexdigest()
     own[MANIFEST_NAME] = own[MANIFEST_NAME].replace(said.encode(), digest.encode())
-    changed = {name: _record(content) for name, content in (*own.items(), (DIRECTION_FILE, direction))}
+    changed = {name: record_of(content) for name, content in (*own.items(), (DIRECTION_FILE, direction))}
     edit = manifest["edit"]
     removes = edit.get("removes", {})
     about = Description(
@@ -206,10 +216,6 @@ def _made(subject: Subject, folder: Path, records: _Records) -> dict[str, FileRe
     for name in sorted(records.output.keys() - made):
         log.warning("%s is not in the patch: no conversion makes it", one_line(str(folder / name)))
     return {name: record for name, record in records.output.items() if name in made}
-
-
-def _record(content: bytes) -> FileRecord:
-    return FileRecord(hashlib.sha256(content).hexdigest(), len(content))
 
 
 def _prove_rest(subject: Subject, patch: Patch, work: Work, place: Path) -> None:

@@ -1,28 +1,23 @@
 """From a base and a patch to the files of the conversion: what making a patch proves and applying it does."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.checkpoint.carry import carried_files, carry_over, update_config
 from abliterate.checkpoint.diskio import disk_errors
 from abliterate.checkpoint.extend import TensorCopy, extended_header, write_single_index
-from abliterate.checkpoint.files import Checkpoint, files_in
-from abliterate.checkpoint.hashing import BLOCK_BYTES
-from abliterate.checkpoint.regular import open_regular
+from abliterate.checkpoint.files import Checkpoint
+from abliterate.checkpoint.listing import FileRecord
 from abliterate.direction.files import load_cut
 from abliterate.edit.edits import build_edits
 from abliterate.edit.projections import Projection
 from abliterate.errors import AbliterateError, PatchError, first_line
-from abliterate.patch.file import Description, FileRecord, Patch
-from abliterate.progress import Progress, from_any_thread
+from abliterate.patch.file import Description, Patch
 from abliterate.publish.manifest import MANIFEST_NAME, read_manifest
 from abliterate.publish.plots import draw
 from abliterate.subject import Subject
 
-AT_ONCE = 2
 SHOWN = 3
 
 
@@ -98,34 +93,6 @@ def _draw(subject: Subject, patch: Patch, folder: Path) -> None:
         raise
     except (AbliterateError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise PatchError(f"{patch.path} holds a damaged {MANIFEST_NAME} ({first_line(error)}); get it again") from error
-
-
-def hashed(files: Mapping[str, Path], what: str, progress: Progress) -> dict[str, FileRecord]:
-    """Hash and size of files.
-
-    Raises:
-        CheckpointError: one is no regular file.
-        OSError: one cannot be read.
-    """
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    with progress.bar(f"hash {what}", sum(sizes.values()), "B") as advance, ThreadPoolExecutor(AT_ONCE) as threads:
-        count = from_any_thread(advance)
-
-        def record(path: Path) -> FileRecord:
-            digest, size = hashlib.sha256(), 0
-            with open_regular(path) as file:
-                while block := file.read(BLOCK_BYTES):
-                    digest.update(block)
-                    size += len(block)
-                    count(len(block))
-            return FileRecord(digest.hexdigest(), size)
-
-        return dict(zip(files, threads.map(record, files.values()), strict=True))
-
-
-def files_by_name(folder: Path) -> dict[str, Path]:
-    """Every file of a folder, by its name in it."""
-    return {path.relative_to(folder).as_posix(): path for path in files_in(folder)}
 
 
 def differing(found: Mapping[str, FileRecord], wanted: Mapping[str, FileRecord]) -> list[str]:

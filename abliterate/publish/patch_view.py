@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from abliterate.checkpoint.listing import FileRecord
 from abliterate.errors import one_line
-from abliterate.patch.file import Description, FileRecord
+from abliterate.patch.file import Description
 from abliterate.publish.figures import sizes
 from abliterate.publish.summary import fact_table
 
