@@ -138,7 +138,7 @@ def read_patch(path: Path) -> Patch:
         return _read(path, header)
     except PatchError:
         raise
-    except (AbliterateError, OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+    except (AbliterateError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise PatchError(f"{path} is damaged or no patch ({first_line(error)}); get it again") from error
 
 

@@ -177,7 +177,7 @@ def _content(subject: Subject, folder: Path, manifest: Mapping[str, Any], record
     removes = edit.get("removes", {})
     about = Description(
         manifest["tool"],
-        Base(subject.name, subject.source.commit or manifest["base"]["commit"], records.base),
+        Base(subject.name, subject.source.commit or manifest["base"]["commit"], dict(sorted(records.base.items()))),
         Edit(
             str(_of(manifest, "recipe", "name")),
             _of(edit, "head"),
@@ -186,7 +186,7 @@ def _content(subject: Subject, folder: Path, manifest: Mapping[str, Any], record
             edit["inexact"] is not None,
             len(_of(edit, "writers")),
         ),
-        {**_made(subject, folder, records), **changed},
+        dict(sorted({**_made(subject, folder, records), **changed}.items())),
         redrawn,
         whole,
     )
