@@ -97,7 +97,7 @@ def _convert(
     }
     patch = given["patch"]
     if given["adapter"]:
-        _adapt(model, out, dry_run, overwrite, as_json, given, common)
+        _adapt(model, out, as_json, {**given, "dry_run": dry_run, "overwrite": overwrite}, common)
         return
     if patch is not None and given["no_hash"]:
         raise click.UsageError("--patch needs the hashes that --no-hash leaves out")
@@ -120,18 +120,20 @@ def _convert(
         raise AbliterateError(f"certificate failed: {result.certificate.failure}; see {result.folder}")
 
 
-def _adapt(
-    model: str, out: Path, dry_run: bool, overwrite: bool, as_json: bool, given: Mapping[str, Any],
-    common: Mapping[str, Any],
-) -> None:  # fmt: skip
-    if given["patch"] is not None:
-        raise click.UsageError("--patch is of a checkpoint and does not go with --adapter")
-    if dry_run:
-        raise click.UsageError("--dry-run does not go with --adapter")
-    from abliterate import adapting
-    from abliterate.publish.adapter_view import print_adapter
+def _adapt(model: str, out: Path, as_json: bool, given: Mapping[str, Any], common: Mapping[str, Any]) -> None:
+    others = {"--patch": given["patch"], "--push-to": given["push_to"], "--dry-run": given["dry_run"]}
+    for option in (name for name, value in others.items() if value):
+        raise click.UsageError(f"{option} does not go with --adapter")
+    with loading():
+        from abliterate import adapting
+        from abliterate.publish.adapter_view import print_adapter
 
-    result = adapting.adapt(model, out, overwrite=overwrite, **{k: v for k, v in common.items() if k != "evaluate"})
+    result = adapting.adapt(
+        model,
+        out,
+        **{key: common[key] for key in ("recipe", "revision", "direction", "options")},
+        overwrite=given["overwrite"],
+    )
     if as_json:
         echo_json({"folder": str(result.folder), **result.manifest})
     elif not given["quiet"]:

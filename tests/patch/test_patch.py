@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from abliterate import conversion
 from abliterate.edit.payers import Payers
-from abliterate.errors import AbliterateError, OutputError, PatchError
+from abliterate.errors import AbliterateError, CheckpointError, OutputError, PatchError
+from abliterate.patch import applying
 from abliterate.patch.applying import apply_patch
 from abliterate.patch.file import read_patch
 from abliterate.patch.making import make_patch
@@ -327,3 +329,22 @@ def test_convert_writes_one(base: Path, edited: Path, tmp_path: Path) -> None:
     assert run_here(*words, "--patch", tmp_path / "a.patch").code == 0
     assert run_here("apply", tmp_path / "a.patch", base, tmp_path / "out", "-q").code == 0
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "edited")
+
+
+def test_of_the_hub_the_very_commit_is_taken(patch: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the patch's own id, unless another is asked for; of another id whatever is there."""
+    read = read_patch(patch)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub = replace(read, about=replace(read.about, base=replace(read.about.base, id="org/name", commit=commit)))
+    asked: list[object] = []
+
+    def resolve(model: str, revision: str | None) -> None:
+        asked.append((model, revision))
+        raise CheckpointError("enough")
+
+    monkeypatch.setattr(applying, "read_patch", lambda path: hub)
+    monkeypatch.setattr(applying, "resolve", resolve)
+    for model, revision in (("org/name", None), ("org/name", "main"), ("org/name@v1", None), ("org/other", None)):
+        with pytest.raises(CheckpointError, match="enough"):
+            apply_patch(patch, model, patch.parent / "out", revision=revision)
+    assert asked == [("org/name", commit), ("org/name", "main"), ("org/name@v1", None), ("org/other", None)]
