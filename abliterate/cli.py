@@ -31,7 +31,21 @@ def cli() -> None:
     """
 
 
-_COMMANDS = (apply, audit, compare, completion, convert, direction, doctor, evaluate, patch, plan, push, recipes, verify)
+_COMMANDS = (
+    apply,
+    audit,
+    compare,
+    completion,
+    convert,
+    direction,
+    doctor,
+    evaluate,
+    patch,
+    plan,
+    push,
+    recipes,
+    verify,
+)
 for _command in _COMMANDS:
     cli.add_command(_command)
 

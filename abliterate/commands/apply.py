@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from abliterate.completing import complete_folder, complete_model
 from abliterate.options import json_option, remote_code_option, revision_option, voice_options
 from abliterate.progress import Progress
 from abliterate.terminal import echo_json, loading, set_up_logging, telling_what_is_left
@@ -13,8 +14,8 @@ from abliterate.terminal import echo_json, loading, set_up_logging, telling_what
 
 @click.command()
 @click.argument("patch", type=click.Path(path_type=Path, dir_okay=False))
-@click.argument("base")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("base", shell_complete=complete_model)
+@click.argument("out", type=click.Path(path_type=Path), shell_complete=complete_folder)
 @revision_option
 @click.option(
     "--overwrite", is_flag=True, help="Replace OUT if it is there, and drop what another command left unfinished."

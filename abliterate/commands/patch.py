@@ -6,14 +6,15 @@ from typing import Any
 
 import click
 
+from abliterate.completing import complete_folder, complete_model
 from abliterate.options import json_option, remote_code_option, revision_option, voice_options
 from abliterate.progress import Progress
 from abliterate.terminal import echo_json, loading, set_up_logging
 
 
 @click.command()
-@click.argument("base")
-@click.argument("edited", type=click.Path(path_type=Path))
+@click.argument("base", shell_complete=complete_model)
+@click.argument("edited", type=click.Path(path_type=Path), shell_complete=complete_folder)
 @click.option(
     "-o",
     "--out",
