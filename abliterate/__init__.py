@@ -1,7 +1,8 @@
 """Project the refusal direction out of a checkpoint, exactly, and prove it.
 
-The command line's verbs are functions here: `convert`, `find_direction`, `plan`, `push`, `verify`, `evaluate`,
-`compare` and `audit_model`. They are loaded when first used, so that `import abliterate` costs nothing.
+The command line's verbs are functions here: `convert`, `adapt`, `make_patch`, `apply_patch`, `find_direction`,
+`plan`, `push`, `verify`, `evaluate`, `compare` and `audit_model`. They are loaded when first used, so that
+`import abliterate` costs nothing.
 """
 
 import importlib
@@ -9,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from abliterate.adapting import Adapted, adapt
     from abliterate.architecture.writer import Plan
     from abliterate.audit.study import AuditSize
     from abliterate.auditing import AuditReport, audit_model
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from abliterate.find import FoundDirection, find_direction
     from abliterate.hub.repository import Destination, destination
     from abliterate.measuring import EvaluationReport, Extras, evaluate
+    from abliterate.patch.applying import Applied, apply_patch
+    from abliterate.patch.making import make_patch
     from abliterate.planning import plan
     from abliterate.progress import Progress
     from abliterate.pushing import Pushed, push
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AbliterateError",
+    "Adapted",
+    "Applied",
     "AuditReport",
     "AuditSize",
     "Certificate",
@@ -42,6 +48,8 @@ __all__ = [
     "Recipe",
     "RunOptions",
     "Verification",
+    "adapt",
+    "apply_patch",
     "audit_model",
     "compare",
     "convert",
@@ -49,6 +57,7 @@ __all__ = [
     "evaluate",
     "find_direction",
     "load_recipe",
+    "make_patch",
     "plan",
     "push",
     "verify",
@@ -56,6 +65,8 @@ __all__ = [
 
 _HOMES = {
     "AbliterateError": "errors",
+    "Adapted": "adapting",
+    "Applied": "patch.applying",
     "AuditReport": "auditing",
     "AuditSize": "audit.study",
     "Certificate": "certify.certificate",
@@ -70,6 +81,8 @@ _HOMES = {
     "Recipe": "recipe",
     "RunOptions": "subject",
     "Verification": "verification",
+    "adapt": "adapting",
+    "apply_patch": "patch.applying",
     "audit_model": "auditing",
     "compare": "comparing",
     "convert": "conversion",
@@ -77,6 +90,7 @@ _HOMES = {
     "evaluate": "measuring",
     "find_direction": "find",
     "load_recipe": "recipe",
+    "make_patch": "patch.making",
     "plan": "planning",
     "push": "pushing",
     "verify": "verification",

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed (bad input, or a certificate that does not hold), 2
 import click
 
 from abliterate import __version__
+from abliterate.commands.apply import apply
 from abliterate.commands.audit import audit
 from abliterate.commands.compare import compare
 from abliterate.commands.completion import completion
@@ -13,6 +14,7 @@ from abliterate.commands.convert import convert
 from abliterate.commands.direction import direction
 from abliterate.commands.doctor import doctor
 from abliterate.commands.evaluate import evaluate
+from abliterate.commands.patch import patch
 from abliterate.commands.plan import plan
 from abliterate.commands.push import push
 from abliterate.commands.recipes import recipes
@@ -29,7 +31,22 @@ def cli() -> None:
     """
 
 
-for _command in (audit, compare, completion, convert, direction, doctor, evaluate, plan, push, recipes, verify):
+_COMMANDS = (
+    apply,
+    audit,
+    compare,
+    completion,
+    convert,
+    direction,
+    doctor,
+    evaluate,
+    patch,
+    plan,
+    push,
+    recipes,
+    verify,
+)
+for _command in _COMMANDS:
     cli.add_command(_command)
 
 

@@ -14,8 +14,8 @@ from abliterate.certify.certificate import Certificate
 from abliterate.certify.stream import StreamResidual
 from abliterate.checkpoint.carry import carry_over, update_config
 from abliterate.checkpoint.diskio import check_space
-from abliterate.checkpoint.extend import TensorCopy, single_index
-from abliterate.checkpoint.files import DIRECTION_FILE, INDEX_SUFFIX
+from abliterate.checkpoint.extend import TensorCopy, write_single_index
+from abliterate.checkpoint.files import DIRECTION_FILE
 from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.keeper import unfilled
 from abliterate.checkpoint.locate import Source, find
@@ -36,12 +36,12 @@ from abliterate.identity import identity_of
 from abliterate.job import BaseFindings, Job, Written, command_of, output_bytes, passes_of, unties
 from abliterate.journal import Journal
 from abliterate.measuring import discovered_tokens, evaluation_set
+from abliterate.patch.making import check_patch_target, write_patch
 from abliterate.prompting import load_calibration
 from abliterate.proving import assemble, certify_stream, run_stream, stream_text, tongue_of
 from abliterate.publish.card import render_card
 from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_manifest
-from abliterate.publish.plot import plot_selection
-from abliterate.publish.searched import SEARCH_PLOT, search_plot
+from abliterate.publish.plots import draw
 from abliterate.pushing import Pushed, deliver
 from abliterate.recipe import Recipe, load_recipe
 from abliterate.record import (
@@ -85,6 +85,7 @@ def convert(
     evaluate: bool = True,
     overwrite: bool = False,
     push_to: Destination | None = None,
+    patch: Path | str | None = None,
 ) -> Conversion:
     """Converts a checkpoint.
 
@@ -98,6 +99,7 @@ def convert(
         push_to: a repository of the Hub, which shards are sent to as they are finished; see
             `abliterate.hub.repository.destination`. One commit names them once the certificate holds, and `out` comes
             to be after it; none is made where it does not.
+        patch: also write a patch there (see `make_patch`), unless the certificate fails.
 
     Returns:
         The conversion; when its certificate fails the folder is `NAME.failed` and `holds` is False.
@@ -110,12 +112,17 @@ def convert(
     local = find(model, revision)
     tidy(Path(out))
     check_target(Path(out), overwrite=overwrite, inputs=[local.folder] if local else [])
+    if patch is not None:
+        check_patch_target(Path(patch), Path(out), overwrite)
     options = options or RunOptions()
     repository = prepare_repository(push_to) if push_to else None
     with opened(model, revision, options, options.inexact) as subject:
         job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
         tell_traffic(subject, options, passes_of(job))
-        return _converted(job, Path(out), overwrite, repository)
+        done = _converted(job, Path(out), overwrite, repository)
+        if patch is not None and done.holds:
+            write_patch(subject, done.folder, Path(patch), progress=options.progress)
+        return done
 
 
 def _converted(job: Job, out: Path, overwrite: bool, repository: Repository | None) -> Conversion:
@@ -299,15 +306,10 @@ def publish_files(
 ) -> None:
     """Manifest, direction, selection plot, model card, and an index that keeps the direction apart from the weights."""
     if job.subject.checkpoint.index is None:
-        shard = read_header(folder / written.shards[0].name)
-        (folder / f"{shard.path.stem}{INDEX_SUFFIX}").write_bytes(single_index(shard))
+        write_single_index(read_header(folder / written.shards[0].name), folder)
     (folder / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
     (folder / DIRECTION_FILE).write_bytes(findings.direction_file)
-    if manifest["selection"]:
-        tokens = (manifest["calibration"] or {}).get("chat", {}).get("post_instruction_tokens")
-        plot_selection(manifest["selection"], folder / "selection.png", tokens)
-    if manifest["search"]:
-        (folder / SEARCH_PLOT).write_bytes(search_plot(manifest["search"]))
+    draw(manifest, folder)
     base_card = job.subject.folder / "README.md"
     text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else None
     (folder / "README.md").write_text(render_card(manifest, text, name), encoding="utf-8")

@@ -50,6 +50,14 @@ class EditError(AbliterateError):
     """A direction cannot be projected out of a tensor."""
 
 
+class PatchError(AbliterateError):
+    """A patch is damaged, is of another base, or does not give the files that it was made from."""
+
+
+class AdapterError(AbliterateError):
+    """An edit, or a part of it, that no adapter can hold."""
+
+
 class EvaluationError(AbliterateError):
     """A judge or a benchmark cannot be loaded or asked."""
 

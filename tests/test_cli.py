@@ -27,7 +27,7 @@ OPTIONS = {
     "convert": COMMON
     | PROMPTS
     | {"--direction", "--dry-run", "--overwrite", "--no-evaluate", "--no-hash", "--exhaustive"}
-    | {"--push-to", "--private", "--public", "--cache-limit"},
+    | {"--push-to", "--private", "--public", "--cache-limit", "--adapter", "--patch"},
     "direction": COMMON | PROMPTS | {"-o", "--exhaustive", "--cache-limit"},
     "plan": {"--revision", "--json", "-v", "-q"},
     "verify": COMMON | {"--direction", "--template", "--cache-limit"},
@@ -37,6 +37,8 @@ OPTIONS = {
     | (PROMPTS - {"--recipe"})
     | {"-o", "--recipes", "--convert", "--overwrite", "--inexact", "--max-new-tokens"},
     "push": {"--private", "--public", "--revision", "--create-pr", "--dry-run", "--json", "-v", "-q"},
+    "patch": {"-o", "--whole", "--overwrite", "--revision", "--trust-remote-code", "--json", "-v", "-q"},
+    "apply": {"--overwrite", "--revision", "--trust-remote-code", "--json", "-v", "-q"},
     "recipes": {"--json"},
     "doctor": {"--json"},
     "completion": set(),

@@ -84,15 +84,15 @@ def test_models_of_the_cache(room: Path) -> None:
     assert asked(room, "abliterate", "plan", "data") == []
 
 
-MODELS = {"model", "checkpoint", "baseline"}
-MAKE_FOLDERS = {"convert", "compare", "audit"}
+MODELS = {"model", "checkpoint", "baseline", "base"}
+MAKE_FOLDERS = {"apply", "convert", "compare", "audit"}
 
 
 @pytest.mark.parametrize("command", cli.commands)
 def test_folders_for_every_model_and_out(command: str) -> None:
     """Every command's own, so that one which is added later is asked for it too."""
     made = cli.commands[command]
-    context = click.Context(made)
+    context = click.Context(made, help_option_names=["-h", "--help"])  # kept by the command: as it is given them
     for parameter in made.params:
         if parameter.name not in MODELS | {"out"}:
             continue

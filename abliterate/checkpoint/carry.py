@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +28,7 @@ OWN_FILES = ("README.md", "abliteration.json", DIRECTION_FILE, "selection.png")
 """Files that a conversion writes itself: those of the base are kept beside them, as NAME.base.SUFFIX."""
 
 
-def carry_over(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
+def carry_over(checkpoint: Checkpoint, folder: Path, only: Collection[str] | None = None) -> tuple[str, ...]:
     """Copies every file that is not a shard or the index, links as the files they stand for.
 
     Unedited weights in other formats, or a second time in safetensors, are left out with a warning.
@@ -36,6 +36,7 @@ def carry_over(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
     Args:
         checkpoint: what to copy from.
         folder: the output so far.
+        only: names, relative to the checkpoint, of what may be carried; None for all.
 
     Returns:
         Sorted names in the output, relative to it, with forward slashes.
@@ -45,8 +46,10 @@ def carry_over(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
         OutputError: the disk is full or cannot be written to.
     """
     check_links(checkpoint.folder)
-    files = {path.relative_to(checkpoint.folder).as_posix(): path for path in _carried(checkpoint)}
-    renamed = _renamed(files)
+    files = carried_files(checkpoint)
+    if only is not None:
+        files = {name: path for name, path in files.items() if name in only}
+    renamed = renamed_files(files)
     with disk_errors(folder, sum(path.stat().st_size for path in files.values())):
         for name, path in files.items():
             target = folder / renamed.get(name, name)
@@ -92,15 +95,16 @@ def update_config(folder: Path, changes: Mapping[str, Any]) -> None:
         path.write_bytes(content)
 
 
-def _carried(checkpoint: Checkpoint) -> list[Path]:
+def carried_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """What `carry_over` copies, by its name in the checkpoint; of what it leaves out, the log says why."""
     weights = {shard.path for shard in checkpoint.shards} | {checkpoint.index}
-    carried = []
+    carried = {}
     for path in files_in(checkpoint.folder):
         if path in weights:
             continue
         reason = _reason_to_leave(path, checkpoint)
         if reason is None:
-            carried.append(path)
+            carried[path.relative_to(checkpoint.folder).as_posix()] = path
         else:
             log.warning("%s is left out: %s", one_line(str(path.relative_to(checkpoint.folder))), reason)
     return carried
@@ -127,7 +131,7 @@ def repeats_weights(path: Path, checkpoint: Checkpoint) -> bool:
         return False
 
 
-def _renamed(names: Mapping[str, Path] | Sequence[str]) -> dict[str, str]:
+def renamed_files(names: Mapping[str, Path] | Sequence[str]) -> dict[str, str]:
     """The base's own versions of files that the output writes, and whatever has the names that these then take."""
     renamed = {}
     waiting = [name for name in OWN_FILES if name in names]

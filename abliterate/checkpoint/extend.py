@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from abliterate.checkpoint.files import Checkpoint, read_json
+from abliterate.checkpoint.files import INDEX_SUFFIX, Checkpoint, read_json
 from abliterate.checkpoint.header import DTYPES, LENGTH_BYTES, Header, parse_header
 from abliterate.checkpoint.jsontext import dump_like
 from abliterate.errors import CheckpointError
@@ -64,6 +64,11 @@ def single_index(header: Header) -> bytes:
         "weight_map": dict.fromkeys(sorted(header.tensors), header.path.name),
     }
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_single_index(header: Header, folder: Path) -> None:
+    """Writes `single_index` beside the shard."""
+    (folder / f"{header.path.stem}{INDEX_SUFFIX}").write_bytes(single_index(header))
 
 
 def extended_index(checkpoint: Checkpoint, index: Path, copies: Sequence[TensorCopy]) -> bytes:

@@ -23,7 +23,7 @@ from abliterate.options import (
     run_options,
     voice_options,
 )
-from abliterate.terminal import loading, telling_what_is_left
+from abliterate.terminal import echo_json, loading, telling_what_is_left
 
 
 @click.command()
@@ -46,6 +46,17 @@ from abliterate.terminal import loading, telling_what_is_left
     "--overwrite", is_flag=True, help="Replace OUT if it is there, and drop what another command left unfinished."
 )
 @inexact_option
+@click.option(
+    "--adapter",
+    type=click.Choice(["peft"]),
+    help="Make OUT a LoRA adapter in PEFT's format in place of a checkpoint; nothing is evaluated.",
+)
+@click.option(
+    "--patch",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write kilobytes from which `abliterate apply` makes OUT again.",
+)
 @click.option("--no-evaluate", is_flag=True, help="Leave out the evaluation before and after.")
 @max_new_tokens_option
 @click.option("--no-hash", is_flag=True, help="Leave out sha256 of the weights; `verify` cannot compare them then.")
@@ -86,13 +97,19 @@ def _convert(
         "evaluate": not no_evaluate,
         "push_to": destination(push_to, private=private) if push_to is not None else None,
     }
+    patch = given["patch"]
+    if given["adapter"]:
+        _adapt(model, out, as_json, {**given, "dry_run": dry_run, "overwrite": overwrite}, common)
+        return
+    if patch is not None and given["no_hash"]:
+        raise click.UsageError("--patch needs the hashes that --no-hash leaves out")
     if dry_run:
         would = dryrun.dry_run(model, out, overwrite=overwrite, **common)
         print_plan_as(would.plan, would.checkpoint, as_json)
         if not as_json:
             click.echo(f"dry run: {would.summary}; nothing was written")
         return
-    result = conversion.convert(model, out, overwrite=overwrite, **common)
+    result = conversion.convert(model, out, overwrite=overwrite, patch=patch, **common)
     if as_json:
         click.echo(conversion.to_json(result))
     elif not given["quiet"]:
@@ -103,3 +120,23 @@ def _convert(
             click.echo(f"{result.pushed.summary}\n{result.pushed.link}")
     if not result.holds:
         raise AbliterateError(f"certificate failed: {result.certificate.failure}; see {result.folder}")
+
+
+def _adapt(model: str, out: Path, as_json: bool, given: Mapping[str, Any], common: Mapping[str, Any]) -> None:
+    others = ("patch", "push_to", "dry_run", "cache_limit")
+    for option in (f"--{name.replace('_', '-')}" for name in others if given[name]):
+        raise click.UsageError(f"{option} does not go with --adapter")
+    with loading():
+        from abliterate import adapting
+        from abliterate.publish.adapter_view import print_adapter
+
+    result = adapting.adapt(
+        model,
+        out,
+        **{key: common[key] for key in ("recipe", "revision", "direction", "options")},
+        overwrite=given["overwrite"],
+    )
+    if as_json:
+        echo_json({"folder": str(result.folder), **result.manifest})
+    elif not given["quiet"]:
+        print_adapter(result.manifest, str(result.folder))

@@ -47,11 +47,12 @@ def direction_bytes(
         }
         metadata |= {"stem": cut.stem, "keep_norms": cut.keep_norms}
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    return _metadata_in_order(save(tensors, {"format": "pt", **text}))
+    return saved(tensors, {"format": "pt", **text})
 
 
-def _metadata_in_order(content: bytes) -> bytes:
-    """The same file with its metadata sorted: safetensors writes it in another order every time."""
+def saved(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes it in another order every time."""
+    content: bytes = save(dict(tensors), dict(metadata))
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -35,9 +35,9 @@ def card_metadata(manifest: Mapping[str, Any], inherited: Inherited) -> ModelCar
     """What the Hub indexes; keys without a value are left out."""
     bases = base_models(manifest, inherited)
     return ModelCardData(
-        base_model=_one_or_list(bases),
+        base_model=one_or_list(bases),
         base_model_relation="finetune" if bases else None,
-        language=_one_or_list(inherited.languages),
+        language=one_or_list(inherited.languages),
         library_name="transformers",
         license=inherited.license,
         license_name=inherited.license_name,
@@ -53,5 +53,6 @@ def base_models(manifest: Mapping[str, Any], inherited: Inherited) -> tuple[str,
     return (base["id"],) if is_hub_id(base["id"]) else inherited.base_models
 
 
-def _one_or_list(values: tuple[str, ...]) -> str | list[str] | None:
+def one_or_list(values: tuple[str, ...]) -> str | list[str] | None:
+    """As the metadata has it: one by itself, several as a list, None for none."""
     return values[0] if len(values) == 1 else list(values) or None

@@ -20,7 +20,7 @@ def card_text(manifest: Manifest, inherited: Inherited, name: str, has_base_card
         "title": plain(name),
         "notices": _notices(manifest),
         "statement": _statement(manifest, inherited),
-        "safety": bullets([*_safety(manifest), _license(inherited, has_base_card)]),
+        "safety": bullets([*_safety(manifest), license_text(inherited, has_base_card)]),
         "evidence": evidence_text(manifest["evaluation"]),
         **_certificate(manifest),
         "verify": block(f"abliterate verify {code_word(name)}", "sh"),
@@ -104,7 +104,8 @@ def _safety(manifest: Manifest) -> list[str]:
     ]
 
 
-def _license(inherited: Inherited, has_base_card: bool) -> str:
+def license_text(inherited: Inherited, has_base_card: bool) -> str:
+    """Which license there is, or why none is named."""
     if inherited.license is None and inherited.license_name is None:
         why = "its card cannot be read" if not inherited.readable else "its card names none"
         if not has_base_card:
