@@ -1,7 +1,7 @@
 """Project the refusal direction out of a checkpoint, exactly, and prove it.
 
-The command line's verbs are functions here: `convert`, `find_direction`, `plan`, `verify`, `evaluate` and
-`audit_model`. They are loaded when first used, so that `import abliterate` costs nothing.
+The command line's verbs are functions here: `convert`, `find_direction`, `plan`, `verify`, `evaluate`, `audit_model`,
+`diff` and `inspect`. They are loaded when first used, so that `import abliterate` costs nothing.
 """
 
 import importlib
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from abliterate.auditing import AuditReport, audit_model
     from abliterate.certify.certificate import Certificate
     from abliterate.conversion import Conversion, convert
+    from abliterate.differing import Difference, diff
     from abliterate.errors import AbliterateError
     from abliterate.find import FoundDirection, find_direction
+    from abliterate.inspecting import Inspection, inspect
     from abliterate.measuring import EvaluationReport, evaluate
     from abliterate.planning import plan
     from abliterate.progress import Progress
@@ -27,8 +29,10 @@ __all__ = [
     "AuditReport",
     "Certificate",
     "Conversion",
+    "Difference",
     "EvaluationReport",
     "FoundDirection",
+    "Inspection",
     "Plan",
     "Progress",
     "Recipe",
@@ -36,8 +40,10 @@ __all__ = [
     "Verification",
     "audit_model",
     "convert",
+    "diff",
     "evaluate",
     "find_direction",
+    "inspect",
     "load_recipe",
     "plan",
     "verify",
@@ -48,8 +54,10 @@ _HOMES = {
     "AuditReport": "auditing",
     "Certificate": "certify.certificate",
     "Conversion": "conversion",
+    "Difference": "differing",
     "EvaluationReport": "measuring",
     "FoundDirection": "find",
+    "Inspection": "inspecting",
     "Plan": "architecture.writer",
     "Progress": "progress",
     "Recipe": "recipe",
@@ -57,8 +65,10 @@ _HOMES = {
     "Verification": "verification",
     "audit_model": "auditing",
     "convert": "conversion",
+    "diff": "differing",
     "evaluate": "measuring",
     "find_direction": "find",
+    "inspect": "inspecting",
     "load_recipe": "recipe",
     "plan": "planning",
     "verify": "verification",

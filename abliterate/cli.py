@@ -9,8 +9,10 @@ from abliterate import __version__
 from abliterate.commands.audit import audit
 from abliterate.commands.compare import compare
 from abliterate.commands.convert import convert
+from abliterate.commands.diff import diff
 from abliterate.commands.direction import direction
 from abliterate.commands.evaluate import evaluate
+from abliterate.commands.inspect import inspect
 from abliterate.commands.plan import plan
 from abliterate.commands.recipes import recipes
 from abliterate.commands.verify import verify
@@ -26,7 +28,7 @@ def cli() -> None:
     """
 
 
-for _command in (audit, compare, convert, direction, evaluate, plan, recipes, verify):
+for _command in (audit, compare, convert, diff, direction, evaluate, inspect, plan, recipes, verify):
     cli.add_command(_command)
 
 
