@@ -52,6 +52,7 @@ def _shared(shared: Shared) -> dict[str, Any]:
         "tensors": shared.tensors,
         "form": shared.form,
         "dimensions": shared.dimensions,
+        "is_least": shared.is_least,
         "shares": list(shared.shares),
         "least_cosine": shared.cosines[0],
         "median_cosine": shared.cosines[1],

@@ -104,6 +104,7 @@ def diff(
     *,
     direction: Path | str | None = None,
     save_direction: Path | str | None = None,
+    overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = SILENT,
 ) -> Difference:
@@ -113,14 +114,14 @@ def diff(
         base, edited: folders or Hub ids (`org/name@revision`).
         direction: file with a direction to hold the differences against; None takes that in `edited`, if there is one.
 
-        save_direction: file to write the recovered direction to.
+        save_direction: file to write the recovered direction to. `overwrite`: replace one that is there.
 
     Raises:
         CheckpointError: a checkpoint is missing, damaged or quantized, or no direction was found that could be saved.
         CalibrationError: the direction file cannot be used.
     """
     if save_direction is not None:
-        check_file_target(Path(save_direction))
+        check_file_target(Path(save_direction), overwrite)
     sources = resolve(base), resolve(edited)
     before, after = (open_checkpoint(source.folder) for source in sources)
     places, why_not = _places(before, trust_remote_code)
@@ -192,7 +193,7 @@ def _measure(
 
 def _changed_writers(tensors: Sequence[TensorDifference]) -> list[TensorDifference]:
     """Those in which more differs than rounding explains."""
-    return [tensor for tensor in tensors if tensor.writes and tensor.differs and tensor.state != "rounding"]
+    return [tensor for tensor in tensors if tensor.writes and tensor.differs and tensor.rank > 0]
 
 
 def _removed(

@@ -36,6 +36,8 @@ OPTIONS = {
     | (PROMPTS - {"--recipe"})
     | {"-o", "--recipes", "--convert", "--overwrite", "--inexact", "--max-new-tokens"},
     "recipes": {"--json"},
+    "diff": {"--direction", "--save-direction", "--overwrite", "--trust-remote-code", "--json", "-v", "-q"},
+    "inspect": {"--revision", "--base", "--trust-remote-code", "--json", "-v", "-q"},
 }
 
 

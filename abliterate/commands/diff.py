@@ -25,6 +25,7 @@ from abliterate.terminal import echo_json, loading, set_up_logging
     metavar="FILE",
     help="Write the direction that was recovered from the differences, as a file for --direction.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace the FILE of --save-direction if it is there.")
 @remote_code_option
 @json_option
 @voice_options
@@ -33,6 +34,7 @@ def diff(
     edited: str,
     direction: Path | None,
     save_direction: Path | None,
+    overwrite: bool,
     trust_remote_code: bool,
     as_json: bool,
     **given: Any,
@@ -64,6 +66,7 @@ def diff(
         edited,
         direction=direction,
         save_direction=save_direction,
+        overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=progress,
     )

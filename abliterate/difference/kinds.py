@@ -45,8 +45,16 @@ def decide(found: Findings) -> Verdict:
         if verdict is not None:
             return verdict
     counts = {state: sum(t.state == state for t in found.changed) for state in ("low-rank", "full-rank", "rounding")}
-    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    return Verdict("unknown", "unknown: the differences fit no kind that is known", (f"changed matrices: {said}",))
+    said = [f"{count} {state}" for state, count in counts.items() if count]
+    said += [f"{sum(t.state == 'incomparable' for t in found.changed)} that cannot be compared"]
+    lost = [f"{len(names)} {word}" for names, word in _losses(found) if names]
+    evidence = ("changed matrices: " + ", ".join(said), "tensors: " + (", ".join(lost) or "all in both"))
+    return Verdict("unknown", "unknown: the differences fit no kind that is known", evidence)
+
+
+def _losses(found: Findings) -> Sequence[tuple[Sequence[object], str]]:
+    pairing = found.pairing
+    return (pairing.missing, "missing"), (pairing.extra, "extra"), (pairing.reshaped, "of another shape")
 
 
 def _different(found: Findings) -> Verdict | None:

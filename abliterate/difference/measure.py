@@ -77,6 +77,7 @@ def _spectral(
     out, image = _stream_side(matrix, seen, max(1, rank))
     weights = _weights(matrix, place, found)
     along, across = (1, 0) if matrix.stream_is_rows else (0, 1)
+    fitted = fit(matrix, out, image, weights, (found.row_norms, found.column_norms)[along])
     return replace(
         known,
         state=_state(matrix, rank, least, left, found),
@@ -87,9 +88,9 @@ def _spectral(
         tail=left / noise if noise else None,
         columns=found.norm_change(along),
         rows=found.norm_change(across),
-        fit=fit(matrix, out, image, weights, (found.row_norms, found.column_norms)[along]),
+        fit=fitted,
         bits=found.levels,
-        out=out.double() * image.double().norm(dim=1),
+        out=(out.double() * image.double().norm(dim=1))[:, : fitted.directions if fitted.projects else None],
         weights=weights,
     )
 
@@ -125,11 +126,11 @@ def _stream_side(matrix: PairMatrix, seen: Sketch, rank: int) -> tuple[Tensor, T
 
 
 def _weights(matrix: PairMatrix, place: Place, found: Survey) -> dict[Form, Tensor]:
-    """See `projecting`: what turns U into V, entry by entry."""
+    """What the stream sees the matrix's outputs through, entry by entry; see `projecting`."""
     weights: dict[Form, Tensor] = {}
     if place.gain is not None:
-        weights["gain"] = place.gain.square()
+        weights["gain"] = place.gain
     rows = (found.row_norms if matrix.stream_is_rows else found.column_norms)[0]
     if bool((rows > 0).all()) and min(matrix.shape) > 1:
-        weights["rows"] = 1 / rows
+        weights["rows"] = rows.rsqrt()
     return weights

@@ -21,6 +21,8 @@ MANTISSA = {
 """Bits behind the point."""
 SMALLEST = {"F16": 2.0**-14, "F8_E4M3": 2.0**-6, "F8_E5M2": 2.0**-14}
 """The smallest normal number: below it steps stay the same."""
+ROOM = 1.25
+"""Over the bound, for small matrices, and for rounding that a few rows pay for so that nothing comes back along r."""
 COARSER = {"BF16": torch.bfloat16, "F16": torch.float16}
 EXPONENT = 0x7F800000
 
@@ -46,8 +48,8 @@ class Noise:
 
     @property
     def edge(self) -> float:
-        """No singular value of the noise is above this, up to a few percent."""
-        return math.sqrt(float(self.rows.max())) + math.sqrt(float(self.columns.max()))
+        """What no singular value of the noise comes near to."""
+        return ROOM * (math.sqrt(float(self.rows.max())) + math.sqrt(float(self.columns.max())))
 
 
 class Grid:

@@ -9,7 +9,7 @@ a LoRA, the right side has nothing to do with the base. V is not always U. Three
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +30,8 @@ class Fit:
     """How well a difference is a projection of its base.
 
     Attributes:
-        form: which V fits best. `cosine`: between U^T D and -V^T W; 1 for a projection.
+        form: which V fits best. `directions`: how many of the leading ones it is about.
+        cosine: between U^T D and -V^T W; 1 for a projection, -1 for one that adds.
         strength: s; 1 takes all of it out.
         norm_change: relative change of the norms along the stream's axis that such a projection alone would have made,
             root mean square.
@@ -38,6 +39,7 @@ class Fit:
     """
 
     form: Form
+    directions: int
     cosine: float
     strength: float
     norm_change: float
@@ -47,32 +49,50 @@ class Fit:
     @property
     def projects(self) -> bool:
         """Whether it is one."""
-        return self.cosine >= PROJECTS
+        return abs(self.cosine) >= PROJECTS
 
 
-def fit(matrix: PairMatrix, out: Tensor, image: Tensor, metrics: Mapping[Form, Tensor], norms: Tensor) -> Fit:
+def fit(matrix: PairMatrix, out: Tensor, image: Tensor, weights: Mapping[Form, Tensor], norms: Tensor) -> Fit:
     """Tries all forms in one pass over the base.
 
     Args:
         out: U, orthonormal [stream, r]. `image`: U^T D [r, other].
-        metrics: for each form but the plain one the weights [stream] fp64 that turn U into V.
+        weights: for each form but the plain one what the stream sees U through [stream] fp64, entry by entry.
         norms: squared norms along the stream's axis of the base and of the edited matrix [2, other].
     """
-    basis = out.double()
-    forms: dict[Form, Tensor] = {"plain": basis}
-    forms.update((form, _dual(basis, weights)) for form, weights in metrics.items())
-    covectors = torch.cat(list(forms.values()), 1)
-    along = _along(matrix, covectors.float()).double()
-    parts = along.reshape(len(forms), basis.shape[1], -1)
-    moved = image.double()
-    fits = [_one(form, v, part, moved, norms) for (form, v), part in zip(forms.items(), parts, strict=True)]
-    best = max(fits, key=lambda found: found.cosine)
-    return best if best.cosine > fits[0].cosine + BETTER else fits[0]
+    counts = sorted({1, out.shape[1]}, reverse=True)
+    tried = [(form, v) for count in counts for form, v in _forms(out[:, :count].double(), weights)]
+    along = _along(matrix, torch.cat([v for _, v in tried], 1).float()).double()
+    fits, done = [], 0
+    for form, v in tried:
+        count = v.shape[1]
+        fits.append(_one(form, v, along[done : done + count], image[:count].double(), norms))
+        done += count
+    return _best(fits)
 
 
-def _dual(basis: Tensor, weights: Tensor) -> Tensor:
-    """V in the span of weights * U with V^T U = 1."""
-    weighted = basis * weights[:, None]
+def _best(fits: Sequence[Fit]) -> Fit:
+    """Of all directions if they fit, else of the first alone; in another form than the plain one if that is better."""
+    most = max(found.directions for found in fits)
+    for count in (most, 1):
+        alike = [found for found in fits if found.directions == count]
+        best = max(alike, key=lambda found: abs(found.cosine))
+        best = best if abs(best.cosine) > abs(alike[0].cosine) + BETTER else alike[0]
+        if best.projects:
+            return best
+    return fits[0]
+
+
+def _forms(basis: Tensor, weights: Mapping[Form, Tensor]) -> Iterator[tuple[Form, Tensor]]:
+    """Forms, the plain one first, and their V [stream, r]."""
+    yield "plain", basis
+    for form, seen in weights.items():
+        yield form, _dual(basis, seen.square())
+
+
+def _dual(basis: Tensor, metric: Tensor) -> Tensor:
+    """V in the span of metric * U with V^T U = 1."""
+    weighted = basis * metric[:, None]
     dual: Tensor = weighted @ torch.linalg.pinv(basis.mT @ weighted)
     return dual
 
@@ -104,6 +124,7 @@ def _one(form: Form, covectors: Tensor, along: Tensor, moved: Tensor, norms: Ten
     left = (1 - (2 * strength - strength**2) * shares).clamp_min(0).sqrt()
     return Fit(
         form=form,
+        directions=covectors.shape[1],
         cosine=-product / length if length else 0.0,
         strength=strength,
         norm_change=float((left - 1).square().mean().sqrt()) if len(left) else 0.0,

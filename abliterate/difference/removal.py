@@ -82,7 +82,7 @@ def _fits(tensor: TensorDifference, axis: int, hidden: int) -> bool:
 def _seen(tensor: TensorDifference, form: Form, places: Places) -> Tensor | None:
     """What turns the direction into a covector, entry by entry; None where that is not known of an unchanged tensor."""
     if form == "rows":
-        return tensor.weights["rows"].sqrt() if "rows" in tensor.weights else None
+        return tensor.weights.get("rows")
     gain = places.of(tensor.name).gain if form == "gain" else None
     return torch.ones((), dtype=torch.float64) if gain is None else gain
 

@@ -25,14 +25,18 @@ class Shared:
         tensors: how many were looked at.
         form: how their directions were compared: as they are (plain), behind the norm that follows (gain), or with the
             rows of each writer made of length 1 (rows).
+        widest: how many leading directions a single tensor has at most.
         dimensions: how many directions hold 99 % of them, every tensor counted alike. `shares`: of the first ones.
+        is_least: there may be more, since of a difference of full rank only the leading directions are looked at.
         direction: the first [hidden] fp32, of length 1.
         cosines: least and median abs(cosine) of a tensor's own leading direction with it.
     """
 
     tensors: int
     form: Form
+    widest: int
     dimensions: int
+    is_least: bool
     shares: tuple[float, ...]
     cosines: tuple[float, float]
     direction: Tensor = field(repr=False, compare=False)
@@ -45,8 +49,8 @@ class Shared:
 
     @property
     def few(self) -> bool:
-        """Whether a few directions hold what many tensors write."""
-        return self.dimensions <= max(1, self.tensors // 4)
+        """Whether all write along the same few directions: no more than a single one does."""
+        return self.dimensions <= self.widest
 
 
 def share(tensors: Sequence[TensorDifference]) -> Shared | None:
@@ -72,7 +76,7 @@ def as_seen(tensor: TensorDifference, form: Form) -> Tensor:
     """A tensor's leading directions in the stream [stream, r], the first of length 1."""
     out = _out(tensor).double()
     if form in tensor.weights:
-        out = out * tensor.weights[form].sqrt()[:, None]
+        out = out * tensor.weights[form][:, None]
     return out / (float(out[:, 0].norm()) or 1.0)
 
 
@@ -87,7 +91,9 @@ def _share(tensors: Sequence[TensorDifference], form: Form) -> Shared:
     return Shared(
         tensors=len(tensors),
         form=form,
+        widest=max(column.shape[1] for column in columns),
         dimensions=min(dimensions, len(shares)),
+        is_least=any(tensor.state == "full-rank" for tensor in tensors),
         shares=tuple(shares[:8].tolist()),
         cosines=(cosines[0], cosines[len(cosines) // 2]),
         direction=_signed(direction).float(),

@@ -30,8 +30,8 @@ class TensorDifference:
         columns, rows: change of the norms along and across the stream's axis, relative, root mean square.
         fit: whether it is a projection of the base; None of what is not measured.
         cast: the dtype that it was rounded to, where `state` is cast. `bits`: that it looks quantised to.
-        out: the leading directions on the stream's side, times their singular values [stream, r]; `weights`: forms'
-            metrics, to see them where the stream does. Not part of the record.
+        out: the leading directions on the stream's side, times their singular values [stream, r]; `weights`: what
+            the stream sees them through, by form. Not part of the record.
     """
 
     name: str

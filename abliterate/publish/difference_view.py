@@ -13,6 +13,8 @@ from abliterate.publish.summary import fact_table
 
 Record = Mapping[str, Any]
 SHOWN_KEYS, SHOWN_NAMES = 12, 6
+FITS = 0.5
+"""Below this cosine a strength means nothing."""
 _FORMS = {"plain": "", "gain": " behind the norm that follows", "rows": " with rows of length 1"}
 _STYLES = {"identical": "green", "unknown": "yellow"}
 
@@ -90,8 +92,9 @@ def _reshaped(tensor: Record) -> str:
 
 
 def _span(shared: Record, hidden: int | None) -> str:
+    least = "at least " if shared["is_least"] else ""
     return (
-        f"{shared['tensors']} changed writers span {shared['dimensions']} of {hidden} directions"
+        f"{shared['tensors']} changed writers span {least}{shared['dimensions']} of {hidden} directions"
         f"{_FORMS[shared['form']]} (99 %); the first holds {percent(shared['shares'][0])}, cosine with it "
         f"{shared['least_cosine']:.4f} at least, {shared['median_cosine']:.4f} median"
     )
@@ -140,21 +143,22 @@ def _cells(members: Sequence[Record]) -> list[str]:
         return [str(len(members)), MISSING, *relative, *[MISSING] * 4]
     strengths = [fit["strength"] for fit in fits]
     projecting = _middle([fit["cosine"] for fit in fits])
+    fitted = [_strengths(strengths) if abs(projecting) > FITS else MISSING, f"{projecting:.4f}"]
     return [
         str(len(members)),
         _ranks(seen),
         *relative,
         significant(_middle([tensor["spectrum"][0] for tensor in seen])),
         significant(_middle([tensor["edge"] for tensor in seen])),
-        _strengths(strengths) if projecting > 0.5 else MISSING,
-        f"{projecting:.4f}",
+        *(fitted if members[0]["state"] != "vector" else [MISSING] * 2),
     ]
 
 
 def _ranks(members: Sequence[Record]) -> str:
     found = sorted(tensor["rank"] for tensor in members)
-    most = f"≥{found[-1]}" if any(tensor["rank_is_least"] for tensor in members) else str(found[-1])
-    return most if found[0] == found[-1] else f"{found[0]}–{most}"
+    if any(tensor["rank_is_least"] for tensor in members):
+        return f"≥{found[0]}"
+    return str(found[0]) if found[0] == found[-1] else f"{found[0]}–{found[-1]}"
 
 
 def _strengths(values: Sequence[float]) -> str:
