@@ -1,8 +1,8 @@
 """Project the refusal direction out of a checkpoint, exactly, and prove it.
 
 The command line's verbs are functions here: `convert`, `adapt`, `make_patch`, `apply_patch`, `find_direction`,
-`plan`, `push`, `verify`, `evaluate`, `compare` and `audit_model`. They are loaded when first used, so that
-`import abliterate` costs nothing.
+`plan`, `push`, `verify`, `evaluate`, `compare`, `audit_model`, `diff` and `inspect`. They are loaded when first used,
+so that `import abliterate` costs nothing.
 """
 
 import importlib
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from abliterate.certify.certificate import Certificate
     from abliterate.comparing import compare
     from abliterate.conversion import Conversion, convert
+    from abliterate.differing import Difference, diff
     from abliterate.errors import AbliterateError
     from abliterate.find import FoundDirection, find_direction
     from abliterate.hub.repository import Destination, destination
+    from abliterate.inspecting import Inspection, inspect
     from abliterate.measuring import EvaluationReport, Extras, evaluate
     from abliterate.patch.applying import Applied, apply_patch
     from abliterate.patch.making import make_patch
@@ -39,9 +41,11 @@ __all__ = [
     "Certificate",
     "Conversion",
     "Destination",
+    "Difference",
     "EvaluationReport",
     "Extras",
     "FoundDirection",
+    "Inspection",
     "Plan",
     "Progress",
     "Pushed",
@@ -54,8 +58,10 @@ __all__ = [
     "compare",
     "convert",
     "destination",
+    "diff",
     "evaluate",
     "find_direction",
+    "inspect",
     "load_recipe",
     "make_patch",
     "plan",
@@ -72,9 +78,11 @@ _HOMES = {
     "Certificate": "certify.certificate",
     "Conversion": "conversion",
     "Destination": "hub.repository",
+    "Difference": "differing",
     "EvaluationReport": "measuring",
     "Extras": "measuring",
     "FoundDirection": "find",
+    "Inspection": "inspecting",
     "Plan": "architecture.writer",
     "Progress": "progress",
     "Pushed": "pushing",
@@ -87,8 +95,10 @@ _HOMES = {
     "compare": "comparing",
     "convert": "conversion",
     "destination": "hub.repository",
+    "diff": "differing",
     "evaluate": "measuring",
     "find_direction": "find",
+    "inspect": "inspecting",
     "load_recipe": "recipe",
     "make_patch": "patch.making",
     "plan": "planning",

@@ -11,9 +11,11 @@ from abliterate.commands.audit import audit
 from abliterate.commands.compare import compare
 from abliterate.commands.completion import completion
 from abliterate.commands.convert import convert
+from abliterate.commands.diff import diff
 from abliterate.commands.direction import direction
 from abliterate.commands.doctor import doctor
 from abliterate.commands.evaluate import evaluate
+from abliterate.commands.inspect import inspect
 from abliterate.commands.patch import patch
 from abliterate.commands.plan import plan
 from abliterate.commands.push import push
@@ -37,9 +39,11 @@ _COMMANDS = (
     compare,
     completion,
     convert,
+    diff,
     direction,
     doctor,
     evaluate,
+    inspect,
     patch,
     plan,
     push,

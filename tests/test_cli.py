@@ -42,6 +42,8 @@ OPTIONS = {
     "recipes": {"--json"},
     "doctor": {"--json"},
     "completion": set(),
+    "diff": {"--direction", "--save-direction", "--overwrite", "--trust-remote-code", "--json", "-v", "-q"},
+    "inspect": {"--revision", "--base", "--trust-remote-code", "--json", "-v", "-q"},
 }
 
 

@@ -39,6 +39,12 @@ def subject() -> Path:
 
 
 @pytest.fixture(scope="session")
+def original() -> Path:
+    """SmolLM2-135M-Instruct, before it was taught to refuse."""
+    return _built("subject.py", "smollm2-135m", "--base")
+
+
+@pytest.fixture(scope="session")
 def over_refusing() -> Path:
     """The refusing subject, which refuses harmless requests that sound harmful too."""
     return _built("subject.py", "over-refusing-smollm2-135m", "--over-refusing")
