@@ -61,7 +61,7 @@ $(BUILD)/stacks/%/ready: tests/stacks/requirements/%.txt
 	@touch $@
 
 stacks: $(VENV)/ready $(STACKS:%=stack-%)
-	ABLITERATE_STACKS=all $(BIN)/python -m pytest -m stacks
+	ABLITERATE_STACKS=all $(BIN)/python -m pytest -m stacks --timeout 1800
 
 test-fast: $(VENV)/ready
 	$(PYTEST) -m "not real"

