@@ -1,18 +1,10 @@
-"""Real models, built once a session out of what packages ship, and one conversion that many tests look at."""
+"""Real models, built once out of what packages ship, and one conversion that many tests look at."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
-from tests.real.support import Converted, run
-
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = Path(os.environ.get("ABLITERATE_TEST_BUILD", ROOT / "build"))
+from tests.real.support import Converted, built, converted_once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,19 +15,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("real") is None)
 
 
-def _built(script: str, name: str, *options: str) -> Path:
-    folder = BUILD / name
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with FileLock(BUILD / f".{name}.lock"):  # several processes may run tests
-        words = [sys.executable, str(ROOT / "tests/models" / script), str(folder), *options]
-        subprocess.run(words, check=True)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def subject() -> Path:
     """The refusing SmolLM2-135M-Instruct."""
-    return _built("subject.py", "refusing-smollm2-135m")
+    return built("subject.py", "refusing-smollm2-135m")
 
 
 @pytest.fixture(scope="session")
@@ -47,18 +30,16 @@ def original() -> Path:
 @pytest.fixture(scope="session")
 def over_refusing() -> Path:
     """The refusing subject, which refuses harmless requests that sound harmful too."""
-    return _built("subject.py", "over-refusing-smollm2-135m", "--over-refusing")
+    return built("subject.py", "over-refusing-smollm2-135m", "--over-refusing")
 
 
 @pytest.fixture(scope="session")
 def gemma() -> Path:
     """Gemma 3 270M, base: a norm stands behind every writer."""
-    return _built("gemma.py", "gemma-3-270m")
+    return built("gemma.py", "gemma-3-270m")
 
 
 @pytest.fixture(scope="session")
 def converted(subject: Path, tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """The subject through the whole command line, with everything at its default."""
-    out = tmp_path_factory.mktemp("converted") / "answering"
-    done = run("convert", str(subject), str(out), "--json")
-    return Converted(out, json.loads(done.stdout))
+    return converted_once(subject, tmp_path_factory)
