@@ -23,7 +23,7 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?:^|[\s$;&(\"])abliterate (?=[a-z-])")
-MODULE = re.compile(r"\b(?:abliterate|tests|benchmarks|examples|recipes|docs)/[\w./-]*[\w/]")
+MODULE = re.compile(r"(?<!/)\b(?:abliterate|tests|benchmarks|examples|recipes|docs)/[\w./-]*[\w/]")
 PLACEHOLDERS = {"A,B,...", "..."}
 
 

@@ -5,14 +5,15 @@ from typing import Any
 
 import click
 
+from abliterate.completing import complete_model
 from abliterate.options import json_option, remote_code_option, voice_options
 from abliterate.progress import Progress
 from abliterate.terminal import echo_json, loading, set_up_logging
 
 
 @click.command()
-@click.argument("base")
-@click.argument("edited")
+@click.argument("base", shell_complete=complete_model)
+@click.argument("edited", shell_complete=complete_model)
 @click.option(
     "--direction",
     type=click.Path(path_type=Path),

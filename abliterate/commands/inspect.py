@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from abliterate.completing import complete_model
 from abliterate.errors import AbliterateError
 from abliterate.options import json_option, remote_code_option, revision_option, voice_options
 from abliterate.progress import Progress
@@ -11,7 +12,7 @@ from abliterate.terminal import echo_json, loading, set_up_logging
 
 
 @click.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", shell_complete=complete_model)
 @revision_option
 @click.option(
     "--base", metavar="BASE", help="The base that it is said to be made from, to compare too: folder or Hub id."

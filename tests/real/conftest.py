@@ -24,7 +24,7 @@ def subject() -> Path:
 @pytest.fixture(scope="session")
 def original() -> Path:
     """SmolLM2-135M-Instruct, before it was taught to refuse."""
-    return _built("subject.py", "smollm2-135m", "--base")
+    return built("subject.py", "smollm2-135m", "--base")
 
 
 @pytest.fixture(scope="session")
