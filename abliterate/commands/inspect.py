@@ -15,7 +15,10 @@ from abliterate.terminal import echo_json, loading, set_up_logging
 @click.argument("checkpoint", shell_complete=complete_model)
 @revision_option
 @click.option(
-    "--base", metavar="BASE", help="The base that it is said to be made from, to compare too: folder or Hub id."
+    "--base",
+    metavar="BASE",
+    shell_complete=complete_model,
+    help="The base that it is said to be made from, to compare too: folder or Hub id.",
 )
 @remote_code_option
 @json_option
