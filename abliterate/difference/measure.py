@@ -7,6 +7,7 @@ from torch import Tensor
 from abliterate.difference.matrix import PairMatrix, is_comparable
 from abliterate.difference.places import Place
 from abliterate.difference.projecting import Form, fit
+from abliterate.difference.resembling import own_rank
 from abliterate.difference.sketch import Sketch, sketch
 from abliterate.difference.survey import Survey, survey
 from abliterate.difference.tensors import State, TensorDifference
@@ -103,7 +104,7 @@ def _spectrum(matrix: PairMatrix, found: Survey, patient: bool) -> tuple[Sketch,
         floor = max(found.noise.edge, FAINT * float(seen.values[0]))
         rank = int((seen.values[:counted] > floor).sum())
         if rank < counted or seen.complete:
-            return seen, rank, False
+            return seen, own_rank(matrix, seen, rank, found.grids[1]), False
     return seen, rank, True
 
 

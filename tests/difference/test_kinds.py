@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import abliterate
 from abliterate.difference.kinds import Kind
@@ -304,3 +304,20 @@ def test_the_recovered_direction_is_saved_and_good_for_a_conversion(base: Path, 
     assert abs(float(saved @ unit(1))) > 0.9999
     done = abliterate.convert(str(base), tmp_path / "o", direction=tmp_path / "found.safetensors", evaluate=False)
     assert done.holds
+
+
+def test_steps_as_small_as_the_grid_have_one_rank(tmp_path: Path) -> None:
+    """In a wide matrix rounding follows the step, and comes out as singular values above the edge."""
+    made = torch.Generator().manual_seed(0)
+    weight = (torch.randn(1500, 1600, generator=made) * 0.02).bfloat16()
+    r = pico.unit(1500, 1)
+    edited = (weight.float() - torch.outer(r, r @ weight.float())).bfloat16()
+    folders = []
+    for name, tensor in (("b", weight), ("e", edited)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"hidden_size": 1500}')
+        save_file({"layers.0.o_proj.weight": tensor}, tmp_path / name / "model.safetensors")
+        folders.append(str(tmp_path / name))
+    (found,) = diff(*folders).tensors
+    assert found.spectrum[1] > 1.1 * found.edge, "this case has to be one that the edge alone gets wrong"
+    assert (found.rank, found.state) == (1, "low-rank")
