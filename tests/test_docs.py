@@ -68,7 +68,8 @@ def wrong_with(line: str) -> str | None:
 def parsed(command: click.Command, name: str, words: list[str]) -> str | None:
     with contextlib.redirect_stdout(None):
         try:
-            command.make_context(name, list(words), resilient_parsing=False)
+            above = click.Context(cli, **cli.context_settings)  # a command keeps the help option that it is first given
+            command.make_context(name, list(words), parent=above, resilient_parsing=False)
         except click.exceptions.Exit:
             return None
         except click.MissingParameter:  # a sentence may name a command and an option of it alone
