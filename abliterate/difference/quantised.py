@@ -1,8 +1,8 @@
 """Whether values look as if they had been quantised in groups and stored in full again.
 
 Two things tell. Errors of rounding to the nearest level are at most half a step of their group and fill the step
-evenly; the changes of training do neither. And a group that was quantised to few bits has few different values, whatever
-way levels were chosen; that tells only where the base's groups have more.
+evenly; the changes of training do neither. And a group that was quantised to few bits has few different values,
+whatever way levels were chosen; that tells only where the base's groups have more.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ class Grid:
         """Between levels of each group [n, 1]."""
         low, high = (groups.amin(1, keepdim=True), groups.amax(1, keepdim=True))
         levels = 2**self.bits - 1 if self.spread else 2 ** (self.bits - 1) - 1
-        return (high - low if self.spread else high.maximum(-low)) / levels
+        step: Tensor = (high - low if self.spread else high.maximum(-low)) / levels
+        return step
 
 
 GRIDS = tuple(Grid(bits, size, spread) for bits in BITS for size in SIZES for spread in (False, True))
