@@ -117,15 +117,11 @@ def _resized(found: Findings, tensor: TensorDifference) -> str:
 
 
 def _quantised(found: Findings) -> Verdict | None:
-    looks = [tensor for tensor in found.matrices if tensor.bits]
+    looks = [tensor for tensor in found.matrices if tensor.bits and tensor.state != "low-rank"]
     if not looks or len(looks) < HALF * len(found.matrices):
         return None
     bits = statistics.mode(tensor.bits or 0 for tensor in looks)
-    way = (
-        "no error is above half a step of its group, and errors fill the step evenly"
-        if bits == 8
-        else f"groups of 32 neighbours hold no more than {2**bits} values, the base's many more"
-    )
+    way = "errors fill half a step of their group evenly, or groups hold no more values than so many bits have"
     said = f"{len(looks)} of {len(found.matrices)} changed matrices: {way}"
     size = percent(tensor.relative for tensor in looks)
     return Verdict(

@@ -1,26 +1,50 @@
 """Whether values look as if they had been quantised in groups and stored in full again.
 
-Weights that were quantised to few bits have few different values in every group of neighbours along a row, where those
-of the base have many. With 8 bits a group has more levels than members; there the errors tell: none is more than half a
-step of its group's range, and they fill that range evenly, which the changes of training do not.
+Two things tell. Errors of rounding to the nearest level are at most half a step of their group and fill the step
+evenly; the changes of training do neither. And a group that was quantised to few bits has few different values,
+whatever way levels were chosen; that tells only where the base's groups have more.
 """
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
 GROUP = 32
 """The smallest group in use (GGUF); larger ones are whole multiples of it."""
-ROOM = (32, 64, 128, 0)
-"""Sizes of groups of 8 bits that are tried; 0 is a whole row."""
-GROUPS = 256
-"""Looked at in every block."""
+SIZES = (32, 64, 128, 0)
+"""Of groups that are tried; 0 is a whole row."""
+GROUPS, ENOUGH = 256, 4096
+"""Looked at in every block, and in all."""
+BITS = (3, 4, 5, 6, 8)
 FEW = {2: 4, 3: 8, 4: 16}
 """Bits, and how many levels they make."""
 MANY = 24
 """So many different values a group of the base has on average, to tell few levels from weights that repeat."""
-HALF = 0.8
-"""No error is larger, in steps: half a step, and what storing the largest weights of a group in bf16 adds."""
+HALF = 0.55
+"""No error is larger, in steps, but for what storing in bf16 adds."""
+STORING = 2.0**-8
+"""The most that storing in bf16 moves a value, as a share of it, on both sides together."""
 EVEN = (0.2, 0.4)
 """Root mean square of errors that fill a step evenly, in steps: 0.289, with room for that of storing."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A way to quantise: bits, size of groups, and whether levels are spread from the least to the largest value."""
+
+    bits: int
+    size: int
+    spread: bool
+
+    def step(self, groups: Tensor) -> Tensor:
+        """Between levels of each group [n, 1]."""
+        low, high = (groups.amin(1, keepdim=True), groups.amax(1, keepdim=True))
+        levels = 2**self.bits - 1 if self.spread else 2 ** (self.bits - 1) - 1
+        step: Tensor = (high - low if self.spread else high.maximum(-low)) / levels
+        return step
+
+
+GRIDS = tuple(Grid(bits, size, spread) for bits in BITS for size in SIZES for spread in (False, True))
 
 
 class Levels:
@@ -28,45 +52,49 @@ class Levels:
 
     def __init__(self) -> None:
         self._most, self._base, self._groups = 0, 0.0, 0
-        self._errors = {size: [0.0, 0.0, 0.0] for size in ROOM}
+        self._errors = dict.fromkeys(GRIDS, (0.0, 0))
 
     def follow(self, base: Tensor, edited: Tensor, difference: Tensor) -> None:
         """Takes in a block [rows, columns]."""
-        if base.shape[1] % GROUP or base.shape[1] < 2 * GROUP:
+        if base.shape[1] % GROUP or base.shape[1] < 2 * GROUP or self._groups >= ENOUGH:
             return
         distinct = [_distinct(_sampled(block, GROUP)) for block in (base, edited)]
         self._base += float(distinct[0].sum())
         self._most = max(self._most, int(distinct[1].max()))
         self._groups += len(distinct[0])
-        self._errors = {size: _errors(size, found, base, difference) for size, found in self._errors.items()}
-        self._errors = {size: found for size, found in self._errors.items() if found[0] <= HALF}
+        left = {}
+        for grid, (square, count) in self._errors.items():
+            found = _errors(grid, base, difference)
+            if found is not None:
+                left[grid] = square + found[0], count + found[1]
+        self._errors = left
 
     @property
     def bits(self) -> int | None:
         """None where it does not look so, or nothing was seen."""
-        if not self._groups or self._base / self._groups < MANY:
+        if not self._groups:
             return None
-        few = next((bits for bits, levels in FEW.items() if self._most <= levels), None)
-        even = (EVEN[0] <= (square / count) ** 0.5 <= EVEN[1] for _, square, count in self._errors.values() if count)
-        return few or (8 if any(even) else None)
+        for grid, (square, count) in self._errors.items():
+            if count and EVEN[0] <= (square / count) ** 0.5 <= EVEN[1]:
+                return grid.bits
+        if self._base / self._groups < MANY:
+            return None
+        return next((bits for bits, levels in FEW.items() if self._most <= levels), None)
 
 
-def _errors(size: int, found: list[float], base: Tensor, difference: Tensor) -> list[float]:
-    """The largest error so far, the sum of mean squares, and of how many groups, all in steps of 8 bits."""
-    size = size or base.shape[1]
+def _errors(grid: Grid, base: Tensor, difference: Tensor) -> tuple[float, int] | None:
+    """The sum of the groups' mean squares in steps, and of how many groups; None where an error is too large."""
+    size = grid.size or base.shape[1]
     if base.shape[1] % size:
-        return [HALF + 1, 0.0, 0.0]
-    step = _sampled(base, size).abs().amax(1, keepdim=True) / 127
+        return None
+    groups, errors = _sampled(base, size), _sampled(difference, size)
+    step = grid.step(groups)
     there = step[:, 0] > 0
-    errors = _sampled(difference, size)[there] / step[there]
-    if not errors.numel():
-        return found
-    largest, square, count = found
-    return [
-        max(largest, float(errors.abs().max())),
-        square + float(errors.square().mean(1).sum()),
-        count + len(errors),
-    ]
+    groups, errors, step = groups[there], errors[there], step[there]
+    if bool((errors.abs() > HALF * step + STORING * groups.abs().amax(1, keepdim=True)).any()):
+        return None
+    square, count = float((errors / step).square().mean(1).sum()), len(errors)
+    return None if square < (EVEN[0] / 2) ** 2 * count else (square, count)
 
 
 def _sampled(block: Tensor, size: int) -> Tensor:

@@ -14,7 +14,8 @@ SPANNED = 0.99
 """Of the differences' energy, each tensor counted alike, the span holds so much."""
 ALIKE = 0.98
 """From this share on, one direction is what all write along."""
-BETTER = 0.02
+BETTER = 0.005
+"""By so much more of them one direction has to hold, for another form than the plain one."""
 
 
 @dataclass(frozen=True)
