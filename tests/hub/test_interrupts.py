@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def test_interruptions_at_random_points() -> None:
-    words = [sys.executable, "-m", "tests.interrupts", "--pushes", "3", "--converts", "2", "--seed", "1"]
+    words = [sys.executable, "-m", "tests.interrupts", "--pushes", "2", "--converts", "1", "--seed", "1"]
     done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     decoder, text, found = json.JSONDecoder(), done.stdout.strip(), []
