@@ -10,7 +10,7 @@ from torch import Tensor
 from abliterate.architecture.rules import fold_numbers
 from abliterate.checkpoint.diskio import check_file_target, write_file
 from abliterate.checkpoint.files import DIRECTION_FILE, Checkpoint, open_checkpoint
-from abliterate.checkpoint.locate import Source, resolve
+from abliterate.checkpoint.locate import resolve
 from abliterate.checkpoint.regular import is_file
 from abliterate.difference.findings import Findings
 from abliterate.difference.kinds import Verdict, decide
@@ -113,7 +113,6 @@ def diff(
     Args:
         base, edited: folders or Hub ids (`org/name@revision`).
         direction: file with a direction to hold the differences against; None takes that in `edited`, if there is one.
-
         save_direction: file to write the recovered direction to. `overwrite`: replace one that is there.
 
     Raises:
@@ -133,8 +132,8 @@ def diff(
         write_file(Path(save_direction), _direction_file(shared))
     verdict = decide(Findings(pairing, tensors, shared))
     return Difference(
-        base=_name(sources[0]),
-        edited=_name(sources[1]),
+        base=sources[0].name,
+        edited=sources[1].name,
         dtypes=(_dtypes(before), _dtypes(after)),
         sizes=(before.nbytes, after.nbytes),
         model_types=(_model_type(before), _model_type(after)),
@@ -264,7 +263,3 @@ def _dtypes(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _model_type(checkpoint: Checkpoint) -> str | None:
     found = checkpoint.config.get("model_type")
     return found if isinstance(found, str) else None
-
-
-def _name(source: Source) -> str:
-    return source.model_id or source.folder.resolve().name

@@ -1,5 +1,7 @@
 """One small hierarchy of errors; the command line turns each into one line and exit code 1."""
 
+from collections.abc import Iterable
+
 MOST_CHARACTERS = 900
 """Of a message; its ends stay, which say where it happened and what to do."""
 
@@ -80,6 +82,13 @@ def one_line(text: str) -> str:
 
 def _escape(character: str) -> str:
     return " " if character.isspace() else character.encode("unicode_escape").decode("ascii")
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -10,14 +10,14 @@ from abliterate.architecture.writer import Plan
 from abliterate.certify.weights import WriterResidual, writer_residuals
 from abliterate.checkpoint.files import DIRECTION_FILE, Checkpoint, open_checkpoint
 from abliterate.checkpoint.glimpse import glimpse
-from abliterate.checkpoint.hashing import file_sha256
 from abliterate.checkpoint.locate import resolve
 from abliterate.checkpoint.regular import is_file
 from abliterate.direction.files import load_cut
-from abliterate.errors import AbliterateError, CheckpointError
+from abliterate.errors import AbliterateError, CheckpointError, some
 from abliterate.progress import SILENT, Progress
 from abliterate.publish.manifest import MANIFEST_NAME, read_manifest
 from abliterate.subject import plan_of
+from abliterate.verification import mismatches
 
 AGREES = 1e-4
 """How far a share that is measured again may be from the one written down, relative, beyond the last digits."""
@@ -83,9 +83,9 @@ def inspect(
     with glimpse(checkpoint, revision) as source:
         claims = is_file(source.folder / MANIFEST_NAME)
         if not claims:
-            return _inspected(source.model_id or source.folder.resolve().name, source.folder, trust_remote_code)
+            return _inspected(source.name, source.folder, trust_remote_code)
     source = resolve(checkpoint, revision)
-    described = _inspected(source.model_id or source.folder.resolve().name, source.folder, trust_remote_code)
+    described = _inspected(source.name, source.folder, trust_remote_code)
     manifest = read_manifest(source.folder)
     opened = open_checkpoint(source.folder)
     before = open_checkpoint(resolve(base).folder) if base is not None else None
@@ -158,7 +158,7 @@ def _shards(checkpoint: Checkpoint, output: Mapping[str, Any]) -> Check:
     said = {str(shard["name"]): int(shard["bytes"]) for shard in output["shards"]}
     wrong = sorted(name for name in {**there, **said} if there.get(name) != said.get(name))
     if wrong:
-        return Check("shards", False, f"not there, or of another size: {_some(wrong)}")
+        return Check("shards", False, f"not there, or of another size: {some(wrong, NAMES)}")
     return Check("shards", True, f"{len(said)} as named, {sum(said.values()):,} bytes")
 
 
@@ -177,10 +177,10 @@ def _writers_known(plan: Plan | None, edit: Mapping[str, Any]) -> Check:
     said = {str(writer["tensor"]) for writer in edit["writers"]}
     known = {writer.tensor for writer in plan.edited}
     if strange := sorted(said - known):
-        return Check("writers", False, f"no residual writers: {_some(strange)}")
+        return Check("writers", False, f"no residual writers: {some(strange, NAMES)}")
     left = sorted(known - said)
     if left and edit["strength"] is not None:
-        return Check("writers", False, f"not among those edited: {_some(left)}")
+        return Check("writers", False, f"not among those edited: {some(left, NAMES)}")
     return Check("writers", True, f"{len(said)} of {len(known)} edited")
 
 
@@ -204,24 +204,19 @@ def _dotted(config: Mapping[str, Any], key: str) -> Any:
 
 def _hashes(checkpoint: Checkpoint, manifest: Mapping[str, Any], progress: Progress) -> Iterator[Check]:
     direction = {DIRECTION_FILE: manifest["direction"]["sha256"]}
-    yield _hash_check("direction", checkpoint.folder, direction, progress)
+    yield _hash_check("direction", checkpoint, direction, progress)
     shards = {str(shard["name"]): shard["sha256"] for shard in manifest["output"]["shards"]}
-    yield _hash_check("hashes", checkpoint.folder, shards, progress)
+    yield _hash_check("hashes", checkpoint, shards, progress)
 
 
-def _hash_check(claim: str, folder: Path, said: Mapping[str, str | None], progress: Progress) -> Check:
+def _hash_check(claim: str, checkpoint: Checkpoint, said: Mapping[str, str | None], progress: Progress) -> Check:
     named = {name: wanted for name, wanted in said.items() if wanted}
     if not named:
         return Check(claim, None, "the manifest has no hashes of the weights (--no-hash)")
-    wrong = [name for name, wanted in named.items() if _sha256(folder / Path(name).name, progress) != wanted]
+    wrong = mismatches(checkpoint, named, progress)
     if wrong:
-        return Check(claim, False, f"not the bytes that were written: {_some(wrong)}")
+        return Check(claim, False, f"not the bytes that were written: {some(wrong, NAMES)}")
     return Check(claim, True, f"sha256 of {len(named)} file{'s' * (len(named) > 1)} as written down")
-
-
-def _sha256(path: Path, progress: Progress) -> str | None:
-    with progress.bar(f"hash {path.name}", path.stat().st_size if is_file(path) else 0, "B") as advance:
-        return file_sha256(path, advance)
 
 
 def _base(base: Checkpoint | None, said: Mapping[str, Any], progress: Progress) -> Iterator[Check]:
@@ -231,7 +226,7 @@ def _base(base: Checkpoint | None, said: Mapping[str, Any], progress: Progress) 
     if there != {str(shard["name"]): shard["bytes"] for shard in said["shards"]}:
         yield Check("base", False, "the base given has other shards than the one that was read")
         return
-    yield _hash_check("base", base.folder, {str(s["name"]): s["sha256"] for s in said["shards"]}, progress)
+    yield _hash_check("base", base, {str(s["name"]): s["sha256"] for s in said["shards"]}, progress)
 
 
 def _residuals(
@@ -254,7 +249,7 @@ def _removed(residuals: list[WriterResidual], manifest: Mapping[str, Any]) -> Ch
     if manifest["edit"]["inexact"] or not claimed:
         return Check("removed", None, "the manifest does not claim that the certificate holds")
     if failed:
-        return Check("removed", False, f"more is left along the direction than rounding leaves: {_some(failed)}")
+        return Check("removed", False, f"more is left along the direction than rounding leaves: {some(failed, NAMES)}")
     told = [residual for residual in residuals if residual.left is not None]
     worst = max(told, key=lambda r: abs(r.after - (r.left or 0.0)) / r.tolerance, default=None)
     if worst is None:
@@ -269,15 +264,12 @@ def _recorded(residuals: list[WriterResidual], edit: Mapping[str, Any]) -> Check
     found = {residual.tensor: residual.after for residual in residuals if residual.tensor in said}
     wrong = [name for name, after in found.items() if _differs(after, *said[name])]
     if wrong or len(found) < len(said):
-        return Check("residuals", False, f"not those written down: {_some(wrong or sorted(set(said) - set(found)))}")
+        return Check(
+            "residuals", False, f"not those written down: {some(wrong or sorted(set(said) - set(found)), NAMES)}"
+        )
     return Check("residuals", True, f"{len(found)} shares along the direction are those written down")
 
 
 def _differs(found: float, said: float, tolerance: float) -> bool:
     room = AGREES * max(abs(found), abs(said)) + AGREES * tolerance
     return not math.isfinite(found) or abs(found - said) > room
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
-    return ", ".join(names[:NAMES]) + more

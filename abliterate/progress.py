@@ -66,4 +66,8 @@ class Progress:
                 advance(1)
 
 
+def unseen(_amount: int = 1, /) -> None:
+    """An `Advance` that moves no bar."""
+
+
 SILENT = Progress(enabled=False)

@@ -80,8 +80,8 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """The Hub id, or the folder's name (never a path: it goes into what is published)."""
-        return self.source.model_id or self.folder.resolve().name
+        """See `Source`."""
+        return self.source.name
 
     @property
     def dtypes(self) -> tuple[str, ...]:

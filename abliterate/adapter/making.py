@@ -14,11 +14,9 @@ from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.read import read_tensor
 from abliterate.edit.cut import Cut, Removal, part_of
 from abliterate.edit.edits import build_edits, projectors_of
-from abliterate.errors import AdapterError
+from abliterate.errors import AdapterError, some
 from abliterate.progress import Advance, Progress
 from abliterate.stages import Once
-
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -86,16 +84,12 @@ def place(plan: Plan, blueprint: Blueprint, cut: Cut | None, keep_norms: bool, i
     if not any(target.kind != "bias" for target in placed.targets):
         raise AdapterError("nothing of this edit is what an adapter could hold; write a checkpoint with --patch FILE")
     if placed.lacking and not inexact:
+        lacking = some(f"{each.tensor} ({each.why})" for each in placed.lacking)
         raise AdapterError(
-            f"no adapter holds this edit whole: it would lack {_named(placed.lacking)}; write a checkpoint with "
+            f"no adapter holds this edit whole: it would lack {lacking}; write a checkpoint with "
             "--patch FILE, or add --inexact for an adapter without that"
         )
     return placed
-
-
-def _named(lacking: Sequence[LeftOut]) -> str:
-    more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
-    return ", ".join(f"{each.tensor} ({each.why})" for each in lacking[:SHOWN]) + more
 
 
 def make_adapter(

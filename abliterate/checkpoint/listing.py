@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.checkpoint.files import files_in
-from abliterate.checkpoint.hashing import BLOCK_BYTES
-from abliterate.checkpoint.regular import open_regular
+from abliterate.checkpoint.hashing import file_sha256
+from abliterate.errors import CheckpointError
 from abliterate.progress import Progress, from_any_thread
 
 AT_ONCE = 2
@@ -42,13 +42,10 @@ def hashed(files: Mapping[str, Path], what: str, progress: Progress) -> dict[str
         count = from_any_thread(advance)
 
         def record(path: Path) -> FileRecord:
-            digest, size = hashlib.sha256(), 0
-            with open_regular(path) as file:
-                while block := file.read(BLOCK_BYTES):
-                    digest.update(block)
-                    size += len(block)
-                    count(len(block))
-            return FileRecord(digest.hexdigest(), size)
+            digest = file_sha256(path, count)
+            if digest is None:
+                raise CheckpointError(f"{path} is no regular file")
+            return FileRecord(digest, path.stat().st_size)
 
         return dict(zip(files, threads.map(record, files.values()), strict=True))
 

@@ -47,6 +47,11 @@ class Source:
     commit: str | None
     keeper: Keeper | None = field(default=None, compare=False)
 
+    @property
+    def name(self) -> str:
+        """The Hub id, or the folder's name (never a path: it goes into what is published)."""
+        return self.model_id or self.folder.resolve().name
+
 
 def resolve(model: str, revision: str | None = None) -> Source:
     """Finds a checkpoint, downloading it where needed; without a network the Hub client's cache is used.

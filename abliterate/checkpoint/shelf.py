@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from abliterate.checkpoint.crew import StoppedError
+from abliterate.checkpoint.crew import LOOKS, StoppedError
 from abliterate.checkpoint.keeper import Check, go_on
 from abliterate.checkpoint.remote import RemoteFile
 from abliterate.checkpoint.turns import going_first
@@ -21,8 +21,6 @@ from abliterate.sizes import enough
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
-LOOKS = 0.2
-"""Seconds after which whoever waits for room looks up."""
 
 
 @dataclass(frozen=True)

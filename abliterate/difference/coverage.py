@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from abliterate.architecture.rules import fold_numbers
 from abliterate.difference.tensors import TensorDifference
+from abliterate.errors import some
 
 SHOWN = 6
 
@@ -14,7 +15,7 @@ def coverage(tensors: Sequence[TensorDifference]) -> str:
     for tensor in tensors:
         groups.setdefault(module_of(tensor.name), []).append(tensor)
     said = [f"{module}{_layers(members)}" for module, members in groups.items()]
-    return ", ".join(said[:SHOWN]) + (f" and {len(said) - SHOWN} more modules" if len(said) > SHOWN else "")
+    return some(said, SHOWN)
 
 
 def module_of(name: str) -> str:

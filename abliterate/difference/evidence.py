@@ -24,12 +24,6 @@ def projecting(found: Findings, strong: Sequence[TensorDifference]) -> list[str]
     return said + [f"some are projections {words[form]}" for form in sorted(forms)] + together(found)
 
 
-def coverage_of(names: Iterable[str]) -> str:
-    """A few names."""
-    listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
-
-
 def rank_of(found: Findings) -> int:
     """Of what all writers lose together."""
     return 1 if found.shared is None or found.shared.one else found.shared.dimensions

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from abliterate.difference.coverage import coverage, ranks
-from abliterate.difference.evidence import coverage_of, directions_of, percent, projecting, rank_of, together, where
+from abliterate.difference.evidence import directions_of, percent, projecting, rank_of, together, where
 from abliterate.difference.findings import Findings
 from abliterate.difference.tensors import TensorDifference
+from abliterate.errors import some
 
 Kind = Literal[
     "identical", "dtype", "quantised", "projection", "steering", "layered-projection", "norm-preserving", "lora",
@@ -232,9 +233,7 @@ def _only_vectors(found: Findings) -> Verdict | None:
         f"no matrix differs; {len(found.vectors)} vectors changed, {len(added)} biases were added",
         *together(found),
     )
-    return Verdict(
-        "vectors", f"vectors alone: {coverage_of(names)}; as steering vectors in biases, or tuned norms", said
-    )
+    return Verdict("vectors", f"vectors alone: {some(names)}; as steering vectors in biases, or tuned norms", said)
 
 
 def _spread(strengths: Sequence[float]) -> float:

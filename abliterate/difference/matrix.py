@@ -131,12 +131,8 @@ class PairMatrix:
             for first in range(0, self.pair.rows, step):
                 rows = slice(first, min(self.pair.rows, first + step))
                 yield tuple(
-                    _rows(fd, home, info, rows) for fd, home, info in zip(files, self.homes, infos, strict=False)
+                    read_rows(fd, home, info, rows) for fd, home, info in zip(files, self.homes, infos, strict=False)
                 )
-
-
-def _rows(fd: int, home: Header, info: TensorInfo, rows: slice) -> Tensor:
-    return read_rows(fd, home, info, rows)
 
 
 def _real(block: Tensor, double: bool) -> Tensor:

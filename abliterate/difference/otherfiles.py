@@ -10,6 +10,7 @@ from abliterate.checkpoint.files import CONFIG, INDEX_SUFFIX, Checkpoint, files_
 from abliterate.checkpoint.hashing import file_sha256
 from abliterate.checkpoint.regular import is_file
 from abliterate.errors import AbliterateError
+from abliterate.progress import unseen
 
 SMALL_JSON = 1 << 20
 """JSON files up to here are compared key by key."""
@@ -58,16 +59,12 @@ def compare_files(base: Checkpoint, edited: Checkpoint) -> OtherFiles:
     ours, theirs = _files(base), _files(edited)
     changed = []
     for name in sorted(set(ours) & set(theirs)):
-        if file_sha256(ours[name], _ignored) != file_sha256(theirs[name], _ignored):
+        if file_sha256(ours[name], unseen) != file_sha256(theirs[name], unseen):
             changed.append(ChangedFile(name, _keys_of(ours[name], theirs[name])))
     config = changed_keys(base.config, edited.config)
     return OtherFiles(
         config, tuple(changed), tuple(sorted(set(ours) - set(theirs))), tuple(sorted(set(theirs) - set(ours)))
     )
-
-
-def _ignored(_amount: int = 1, /) -> None:
-    """No bar: these files are small."""
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, Path]:

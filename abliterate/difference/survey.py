@@ -27,7 +27,7 @@ class Survey:
         base, edited, difference: squared Frobenius norms. `product`: sum of base times edited.
         largest: of the differences, absolute.
         finite: no NaN or infinity on either side.
-        noise: what rounding of both sides may have done; `edited_noise` of the edited side alone.
+        noise: what rounding of both sides may have done.
         grids: dtypes that the values of both sides were rounded to, which may be coarser than the stored ones.
         row_norms, column_norms: squared norms of the base's and of the edited rows [2, rows], columns [2, columns].
         rounded_to: dtypes that make the edited side out of the base exactly.

@@ -12,7 +12,7 @@ from abliterate.calibration.backward import gradients_at
 from abliterate.calibration.lockstep import Call
 from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.malloc import frugal
-from abliterate.progress import Advance
+from abliterate.progress import Advance, unseen
 
 _FIRST, _SECOND, _LEAST = 0.8, 0.95, 1e-12
 """Of Adam (Kingma & Ba 2015): shares of the old moments that stay, and what keeps their quotient finite."""
@@ -83,7 +83,7 @@ def gradients(
     calls: Sequence[Call[Tensor]],
     seen: Seen,
     change: Callable[[int, Tensor], Tensor],
-    advance: Advance = lambda amount=1: None,
+    advance: Advance = unseen,
 ) -> list[float]:
     """What the calls' losses are, with the edit applied.
 

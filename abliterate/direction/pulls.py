@@ -14,7 +14,7 @@ from abliterate.direction.descent import gradients, shares
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.scoring import Validation
 from abliterate.direction.substrings import is_refusal
-from abliterate.progress import SILENT, Advance, Progress
+from abliterate.progress import SILENT, Advance, Progress, unseen
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Trial:
         rows: tuple[Sequence[int], Sequence[int]],
         margin: float,
         directions: bool,
-        advance: Advance = lambda amount=1: None,
+        advance: Advance = unseen,
     ) -> Pull:
         """Losses and gradients on some of the prompts.
 

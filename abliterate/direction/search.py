@@ -83,8 +83,8 @@ def search(
     if settings.method == "optuna":
         units = _start(directions, settings).directions
         points = try_curves(untouched[1], units, settings, progress, stages)
-        each = len(validation.harmful) * (2 if settings.new_tokens else 1) + len(validation.harmless)
-        return result_of(points, settings.most_refused, len(points) * each + len(validation.harmless))
+        passes = len(points) * untouched[1]().prompts + len(validation.harmless)
+        return result_of(points, settings.most_refused, passes)
     states = _descend(untouched, _start(directions, settings), settings, progress, stages)
     points = [state.point for state in states if state.point is not None]
     passes = (states[-1].passes if states else 0) + len(train.harmless) + len(validation.harmless)

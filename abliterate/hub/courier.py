@@ -8,17 +8,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from abliterate.checkpoint.crew import LOOKS
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.errors import AbliterateError
 from abliterate.hub.explain import client_log
 from abliterate.hub.parcel import Item, Parcel, item_of, pack
 from abliterate.hub.repository import Repository
 from abliterate.hub.upload import Landed, Upload, client_bars, message_of
-from abliterate.progress import Advance, Progress
+from abliterate.progress import Advance, Progress, unseen
 
 log = logging.getLogger(__name__)
-LOOKS = 0.2
-"""Seconds after which the main thread looks up from waiting, so that Ctrl-C is seen."""
 
 
 class Courier:
@@ -68,7 +67,7 @@ class Courier:
             pass
         self._bar.close()
         parcel = pack(folder)
-        items = tuple(self._known(item).hashed(_unseen) for item in parcel.items)
+        items = tuple(self._known(item).hashed(unseen) for item in parcel.items)
         parcel = replace(parcel, items=items)
         self._upload.refresh()
         with client_bars(self._progress.visible):
@@ -96,13 +95,9 @@ class Courier:
 
     def _send(self, item: Item, advance: Advance) -> None:
         if item.sha256 is None:
-            item = self._taken[item.name] = item.hashed(_unseen)
+            item = self._taken[item.name] = item.hashed(unseen)
         self._upload.send([item])
         advance(item.size)
-
-
-def _unseen(_amount: int = 1, /) -> None:
-    """Moves no bar."""
 
 
 @contextmanager

@@ -9,15 +9,13 @@ from typing import Any
 from abliterate.checkpoint.files import DIRECTION_FILE, INDEX_SUFFIX, Checkpoint, files_in, open_checkpoint
 from abliterate.checkpoint.hashing import file_sha256
 from abliterate.checkpoint.target import FAILED
-from abliterate.errors import CheckpointError, one_line
+from abliterate.errors import CheckpointError, some
 from abliterate.progress import Advance, Progress
 from abliterate.publish.manifest import MANIFEST_NAME, read_manifest
 
 CARD = "README.md"
 PLOTS: Mapping[str, str] = {"selection": "selection.png", "search": "search.png"}
 """Files that are there where the manifest has such a part."""
-NAMED = 3
-"""So many files a message names."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def pack(folder: Path) -> Parcel:
     missing = sorted(wanted - there.keys())
     if missing:
         raise CheckpointError(
-            f"{folder} lacks files that its manifest accounts for: {_some(missing)}; convert the base model again"
+            f"{folder} lacks files that its manifest accounts for: {some(missing)}; convert the base model again"
         )
     items = tuple(item_of(there[name], name) for name in sorted(wanted))
     return Parcel(folder, items, tuple(sorted(there.keys() - wanted)), manifest)
@@ -128,7 +126,7 @@ def checked(parcel: Parcel, progress: Progress) -> Parcel:
     differing = list(_differing(parcel))
     if differing:
         raise CheckpointError(
-            f"files of {parcel.folder} are not what its manifest says: {_some(differing)}; convert the base model again"
+            f"files of {parcel.folder} are not what its manifest says: {some(differing)}; convert the base model again"
         )
     return parcel
 
@@ -174,8 +172,3 @@ def _differing(parcel: Parcel) -> Iterator[str]:
                 yield item.name
         elif item.name.endswith(".safetensors") and item.name not in parcel.manifest["output"]["files"]:
             yield item.name
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(one_line(name) for name in names[:NAMED])
-    return f"{shown} and {len(names) - NAMED} more" if len(names) > NAMED else shown

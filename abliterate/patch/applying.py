@@ -12,14 +12,13 @@ from abliterate.checkpoint.listing import FileRecord, files_by_name, hashed
 from abliterate.checkpoint.locate import Source, find, resolve
 from abliterate.checkpoint.output import check_target, tidy
 from abliterate.checkpoint.rewrite import ShardRecord, rewrite_checkpoint
-from abliterate.errors import PatchError, one_line
+from abliterate.errors import PatchError, one_line, some
 from abliterate.journal import Journal
 from abliterate.patch.file import Patch, read_patch
 from abliterate.patch.rebuild import (
     Work,
     base_files,
     differing,
-    some,
     versions_text,
     work_of,
     write_rest,

@@ -5,7 +5,6 @@ its own, and `targets`, names of the edited tensors, both compressed by zlib; th
 from strangers: sizes are bounded before anything is unpacked, and no name in it is ever a path that is opened.
 """
 
-import hashlib
 import json
 import re
 import zlib
@@ -18,12 +17,14 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoint.files import DIRECTION_FILE
+from abliterate.checkpoint.hashing import file_sha256
 from abliterate.checkpoint.header import Header, TensorInfo, read_header
 from abliterate.checkpoint.jsontext import is_shallow
 from abliterate.checkpoint.listing import FileRecord
 from abliterate.checkpoint.read import bytes_of, read_tensor
 from abliterate.direction.files import saved
 from abliterate.errors import AbliterateError, PatchError, first_line
+from abliterate.progress import unseen
 from abliterate.publish.manifest import MANIFEST_NAME, MAX_BYTES
 from abliterate.publish.plots import PLOTS
 
@@ -156,11 +157,7 @@ def _read(path: Path, header: Header) -> Patch:
     metadata = {key: text for key, text in header.metadata.items() if key != KEY}
     own[DIRECTION_FILE] = saved(direction, metadata)
     targets = _unpacked(header, header.tensors[TARGETS], MAX_BYTES).decode().split("\n")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return Patch(path, digest.hexdigest(), about, frozenset(targets), own)
+    return Patch(path, file_sha256(path, unseen) or "", about, frozenset(targets), own)
 
 
 def _packed(content: bytes) -> Tensor:

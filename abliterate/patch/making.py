@@ -19,12 +19,11 @@ from abliterate.checkpoint.listing import FileRecord, files_by_name, hashed, rec
 from abliterate.checkpoint.read import read_tensor
 from abliterate.checkpoint.rewrite import rewrite_checkpoint
 from abliterate.direction.files import saved
-from abliterate.errors import OutputError, PatchError, one_line
+from abliterate.errors import OutputError, PatchError, one_line, some
 from abliterate.patch.file import CARD, KEY, OWN, Base, Description, Edit, Patch, patch_bytes, read_patch
 from abliterate.patch.rebuild import (
     Work,
     base_files,
-    some,
     versions_text,
     work_of,
     write_rest,

@@ -1,6 +1,6 @@
 """From a base and a patch to the files of the conversion: what making a patch proves and applying it does."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,11 @@ from abliterate.checkpoint.listing import FileRecord
 from abliterate.direction.files import load_cut
 from abliterate.edit.edits import build_edits
 from abliterate.edit.projections import Projection
-from abliterate.errors import AbliterateError, PatchError, first_line
+from abliterate.errors import AbliterateError, PatchError, first_line, some
 from abliterate.patch.file import Description, Patch
 from abliterate.publish.manifest import MANIFEST_NAME, read_manifest
 from abliterate.publish.plots import draw
 from abliterate.subject import Subject
-
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -98,12 +96,6 @@ def _draw(subject: Subject, patch: Patch, folder: Path) -> None:
 def differing(found: Mapping[str, FileRecord], wanted: Mapping[str, FileRecord]) -> list[str]:
     """Names of what is wanted, and is missing or other."""
     return [name for name, record in wanted.items() if found.get(name) != record]
-
-
-def some(names: Sequence[str] | Iterable[str]) -> str:
-    """The first few names."""
-    listed = list(names)
-    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
 
 
 def versions_text(about: Description) -> str:

@@ -7,6 +7,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from abliterate.difference.coverage import layer_of
+from abliterate.errors import some
 from abliterate.publish.figures import MISSING, fold, percent, ranges, significant, sizes
 from abliterate.publish.plan_view import note, simple_table
 from abliterate.publish.summary import fact_table
@@ -74,10 +76,10 @@ def _tensors(tensors: Record) -> str:
     said = [f"{tensors['compared']} compared, {tensors['same']} the same, {changed} not"]
     for key in ("missing", "extra"):
         if tensors[key]:
-            said.append(f"{len(tensors[key])} {key}: {_some(tensors[key])}")
+            said.append(f"{len(tensors[key])} {key}: {some(tensors[key], SHOWN_NAMES)}")
     if tensors["reshaped"]:
         said.append(
-            f"{len(tensors['reshaped'])} of another shape: {_some([_reshaped(t) for t in tensors['reshaped']])}"
+            f"{len(tensors['reshaped'])} of another shape: {some(map(_reshaped, tensors['reshaped']), SHOWN_NAMES)}"
         )
     if tensors["renamed"]:
         said.append("names start with {1!r} instead of {0!r}".format(*tensors["renamed"]))
@@ -171,7 +173,7 @@ def _middle(values: Sequence[float]) -> float:
 
 
 def _layers(members: Sequence[Record]) -> str:
-    numbers = [int(part) for tensor in members for part in tensor["name"].split(".") if part.isdecimal()][: 10**5]
+    numbers = [number for tensor in members if (number := layer_of(tensor["name"])) is not None]
     return f"layers {ranges(numbers)}" if numbers else ""
 
 
@@ -210,9 +212,9 @@ def _files(files: Record) -> dict[str, RenderableType]:
     for file in files["changed"]:
         found[file["name"]] = Text(_keys(file["keys"]) if file["keys"] else "differs")
     if files["missing"]:
-        found["missing files"] = Text(_some(files["missing"]))
+        found["missing files"] = Text(some(files["missing"], SHOWN_NAMES))
     if files["added"]:
-        found["added files"] = Text(_some(files["added"]))
+        found["added files"] = Text(some(files["added"], SHOWN_NAMES))
     return found
 
 
@@ -223,8 +225,3 @@ def _keys(keys: Sequence[Record]) -> str:
 
 def _value(text: str | None) -> str:
     return MISSING if text is None else text
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more

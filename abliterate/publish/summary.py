@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from abliterate.architecture.writer import Plan
+from abliterate.errors import some
 from abliterate.evaluation.harness import Benchmark
 from abliterate.evaluation.sets import Evaluation
 from abliterate.publish.candidates import SHOWN, ranked, score_names, verdict
@@ -155,7 +156,7 @@ def print_certificate(certificate: Record, mismatches: Sequence[str], manifest: 
     if manifest and not hashed:
         files = Text("direction as the manifest says; weights not compared: their hashes were left out (--no-hash)")
     if mismatches:
-        files = Text(f"not those of the manifest: {_some(mismatches)}", "bold red")
+        files = Text(f"not those of the manifest: {some(mismatches, _SHOWN_NAMES)}", "bold red")
     _print(fact_table({**_certificate_facts(certificate), "files": files}))
 
 
@@ -213,7 +214,7 @@ def _certificate_facts(certificate: Record) -> dict[str, RenderableType]:
         measured = f"{significant(worst['residual_after'])} (tolerance {significant(worst['tolerance'])})"
         facts["  writers"] = Text(f"{writers['checked']} checked, worst {measured} {worst['tensor']}")
     if writers["failed"]:
-        facts["  failed"] = Text(_some(writers["failed"]), "red")
+        facts["  failed"] = Text(some(writers["failed"], _SHOWN_NAMES), "red")
     facts["  stream"] = _stream_line(stream) if stream is not None else Text("not measured")
     return facts
 
@@ -228,8 +229,3 @@ def _stream_line(stream: Record) -> Text:
 
 def _holds(holds: bool) -> Text:
     return Text("holds", "green") if holds else Text("does not hold", "bold red")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return ", ".join(names[:_SHOWN_NAMES]) + more
