@@ -12,6 +12,7 @@ from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import DTYPES, Header
 from abliterate.checkpoint.shard import ShardJob, ShardRecord, TensorEdit, write_shard
 from abliterate.errors import CheckpointError
+from abliterate.malloc import give_back
 from abliterate.progress import SILENT, Advance, Progress, from_any_thread
 
 __all__ = ["ShardRecord", "TensorCopy", "TensorEdit", "rewrite_checkpoint"]
@@ -79,6 +80,7 @@ def _written(jobs: Sequence[ShardJob], out: Path, done: Done | None) -> Iterator
 
         def write(job: ShardJob) -> ShardRecord:
             record = write_shard(job, out / job.source.path.name, workers)
+            give_back()  # what is left of many small pieces would else grow with the number of shards
             log.info("wrote %s: %d tensors edited", record.name, record.edited)
             if done is not None:
                 with lock:
