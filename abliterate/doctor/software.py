@@ -18,7 +18,7 @@ TESTED_PYTHON = ((3, 11), (3, 13))
 TESTED = {"torch": "2.13", "transformers": "5.24"}
 """The newest minor versions that all tests of this release ran with."""
 FIRST = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
-EXTRAS = ("datasets", "parquet", "eval", "search")
+EXTRAS = ("datasets", "parquet", "eval", "fast", "search")
 """For users; `dev` and `fuzz` are for developers."""
 COMPANIONS = ("torchvision", "torchaudio")
 """Not required, but transformers loads them where they are, and one that was built for another torch breaks it."""

@@ -20,7 +20,7 @@ class ColumnEdit:
     def __init__(self, formula: Formula) -> None:
         self._formula, self._payers = formula, formula.payers
         self._hidden, self._u = len(formula.v), formula.column_u
-        self._feedback = formula.feedback
+        self._feedback, self._others = formula.feedback, formula.column_others
         self._suspects = torch.empty(0, dtype=torch.long)
         self._forget()
 
@@ -100,6 +100,11 @@ class ColumnEdit:
 
     def _rounded(self, values: Tensor, group: slice, stored: Tensor, payers: Payers) -> None:
         """Rounds rows of one group to the nearest, the debt paid as fast as it is; sums up what they owe at its end."""
+        whole = group.start % GROUP == 0 and (group.stop % GROUP == 0 or group.stop == self._hidden)
+        if whole and self._formula.fused is not None and not len(self._suspects):
+            u, others = self._u[group, 0], self._others[group]
+            self._owe(group, self._formula.fused.round_group(values, u, self._taken, others, stored))
+            return
         first = group.start % GROUP
         edited, wrong = self._terms[0, : len(values)], self._terms[1, first : first + len(values)]
         edited.copy_(values)
@@ -109,15 +114,21 @@ class ColumnEdit:
             edited[:, self._suspects] = some.masked_fill_(is_noise(values[:, self._suspects], some), 0.0)
         stored.copy_(edited)
         wrong.copy_(stored)
-        wrong.sub_(edited).mul_(self._formula.column_others[group, None])
+        wrong.sub_(edited).mul_(self._others[group, None])
         if group.stop % GROUP == 0 or group.stop == self._hidden:
-            number = group.start // GROUP
-            self._debt.mul_(self._feedback[number][1]).add_(fold(self._terms[1, : group.stop - number * GROUP]))
-            if group.stop < self._hidden:
-                self._taken = self._along.float() + self._debt * self._feedback[number + 1][0]
+            self._owe(group, fold(self._terms[1, : first + len(values)]))
+
+    def _owe(self, group: slice, wrong: Tensor) -> None:
+        """Adds to the debt what the rounding of a whole group put in, of which this is the end."""
+        number = group.start // GROUP
+        self._debt.mul_(self._feedback[number][1]).add_(wrong)
+        if group.stop < self._hidden:
+            self._taken = self._along.float() + self._debt * self._feedback[number + 1][0]
 
     def _forget(self) -> None:
         """Holds nothing of the matrix: edits of a whole checkpoint live side by side."""
-        self._sum = CovectorSum(self._formula.column_v, self._formula.working)
+        fused = self._formula.fused
+        group_sum = fused.group_sum if fused is not None else None
+        self._sum = CovectorSum(self._formula.column_v, self._formula.working, group_sum)
         self._along = self._taken = self._held = self._terms = self._debt = torch.empty(0)
         self._suspects = torch.empty(0, dtype=torch.long)

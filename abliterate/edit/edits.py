@@ -8,6 +8,7 @@ from abliterate.architecture.writer import Path, Plan, Writer
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.read import iter_blocks, read_tensor
 from abliterate.edit.cut import Cut, part_of
+from abliterate.edit.fused import Fused, worth_it
 from abliterate.edit.projections import Formulas, Projection, projection
 from abliterate.edit.projector import Projector, make_projector, span_projector
 from abliterate.errors import EditError
@@ -85,7 +86,9 @@ def build_edits(checkpoint: Checkpoint, plan: Plan, cut: Cut | Tensor, untie: bo
     if plan.head_copy:
         _check_copy(checkpoint, plan)
     copied = plan.head_copy and not untie
-    made = {writer.tensor: edits.of(writer) for writer in (plan.edited if copied else plan.writers)}
+    writers = plan.edited if copied else plan.writers
+    fused = worth_it(sum(checkpoint.tensors[writer.tensor].nbytes for writer in writers))
+    made = {writer.tensor: edits.of(writer, fused) for writer in writers}
     return {name: edit for name, edit in made.items() if edit is not None}
 
 
@@ -97,7 +100,7 @@ class _Edits:
         self._projectors = projectors_of(checkpoint, plan, cut)
         self._formulas: dict[float, Formulas] = {}
 
-    def of(self, writer: Writer) -> Projection | None:
+    def of(self, writer: Writer, fused: Fused | None = None) -> Projection | None:
         """The edit of one writer; None where it stays as it is."""
         removal = self._cut.removal(writer, part_of(writer, self._plan.writers))
         if removal.strength == 0:
@@ -105,7 +108,7 @@ class _Edits:
         formulas = self._formulas.setdefault(removal.strength, {})
         projector, info = self._projectors[removal.basis].of(writer), self._checkpoint.tensors[writer.tensor]
         keep = self._cut.keep_norms
-        return projection(info, writer.axis, projector, removal.strength, formulas=formulas, keep_norms=keep)
+        return projection(info, writer.axis, projector, removal.strength, True, formulas, keep, fused)
 
 
 def projectors_of(checkpoint: Checkpoint, plan: Plan, cut: Cut) -> list[Projectors]:

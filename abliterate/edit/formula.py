@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from abliterate.edit.fused import Fused
 from abliterate.edit.payers import OTHERS_PACE, Payers, paces_of
 from abliterate.edit.projector import Projector
 from abliterate.edit.sums import GROUP
@@ -23,21 +24,31 @@ class Formula:
         dtype: that results are stored in.
         directional: rounded so that nothing along v comes back, in fp32 with totals in fp64; else to the nearest, in
             fp64.
+        fused: compiled arithmetic, which comes to the same; of use for bf16 that is rounded so.
 
     Attributes:
         u, v: [hidden] fp64, strength times u.
         working: what elements are computed in.
         payers: the rows along the hidden axis that pay for the rounding of the others; None where nothing is paid.
+        fused: compiled arithmetic; None where torch's is used.
         column_u: u [hidden, 1] in the dtype to work in. `column_v`, `column_others`: v, and v without the payers.
     """
 
-    def __init__(self, projector: Projector, strength: float, dtype: torch.dtype, directional: bool) -> None:
+    def __init__(
+        self,
+        projector: Projector,
+        strength: float,
+        dtype: torch.dtype,
+        directional: bool,
+        fused: Fused | None = None,
+    ) -> None:
         # Experts by the thousand share one projector.
         self.u = projector.u if strength == 1.0 else projector.u * strength
         self.v, self.dtype, self.directional = projector.v, dtype, directional
         self.strength = strength
         self.working = torch.float32 if directional else torch.float64
-        self.payers = Payers(self.v, dtype) if directional else None
+        self.fused = fused if directional and dtype == torch.bfloat16 else None
+        self.payers = Payers(self.v, dtype, self.fused) if directional else None
         self.column_u = self.u.to(self.working)[:, None]
         self.column_v = self.v.to(self.working)
         self.column_others = self.column_v if self.payers is None else self.payers.others.to(self.working)

@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from abliterate.edit.fused import Fused
 from abliterate.edit.rounding import by_size
 from abliterate.edit.sums import fold
 
@@ -54,6 +55,7 @@ class Payers:
     Args:
         covector: v [rows] of the whole hidden axis.
         dtype: to round to.
+        fused: compiled arithmetic, for bf16.
 
     Attributes:
         rows: their numbers, in the order in which they pay.
@@ -61,16 +63,17 @@ class Payers:
         ascending: the rows' numbers and places in that order, by number.
     """
 
-    def __init__(self, covector: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, covector: Tensor, dtype: torch.dtype, fused: Fused | None = None) -> None:
         self.rows = choose_payers(covector)
         self.covector, self.others = covector[self.rows], covector.clone()
         self.others[self.rows] = 0.0
         self.ascending = sorted((row, place) for place, row in enumerate(self.rows.tolist()))
+        self._fused = fused
         self._dtype, self._v = dtype, self.covector.float()[:, None]
         shared = max(0, min(_large(len(covector)), len(self.rows)) - SINGLES) // TOGETHER * TOGETHER
         ends = [*range(TOGETHER, shared + 1, TOGETHER), *range(shared + 1, len(self.rows) + 1)]
         groups = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        self._sizes = [group.stop - group.start for group in groups]
+        self._sizes, self._ends = [group.stop - group.start for group in groups], torch.tensor(ends)
         paces = torch.tensor(paces_of(self.covector.square(), groups, PACE), dtype=torch.float64)
         self._shares = (self.covector * paces.repeat_interleave(torch.tensor(self._sizes))).float()[:, None]
 
@@ -81,6 +84,8 @@ class Payers:
             targets: what they should be [payers, n], fp32.
             debt: [n] fp32, what the rounding of all other rows put in along v; what is left of it afterwards.
         """
+        if self._fused is not None:
+            return self._fused.settle(targets, self._shares[:, 0], self._v[:, 0], self._ends, debt)
         stored, most = torch.empty_like(targets, dtype=self._dtype), self._most(targets)
         views = [torch.split(whole, self._sizes) for whole in (targets, stored, most, -most, self._shares, self._v)]
         room = torch.empty(TOGETHER, targets.shape[1])

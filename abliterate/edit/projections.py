@@ -10,6 +10,7 @@ from torch import Tensor
 from abliterate.checkpoint.header import DTYPES, TensorInfo
 from abliterate.edit.columns import ColumnEdit
 from abliterate.edit.formula import Formula, is_noise
+from abliterate.edit.fused import Fused
 from abliterate.edit.projector import Form, Projector
 from abliterate.edit.rounding import FEW_BITS, round_whole, settle
 from abliterate.edit.rows import RowEdit
@@ -151,6 +152,7 @@ def projection(
     directional: bool = True,
     formulas: Formulas | None = None,
     keep_norms: bool = False,
+    fused: Fused | None = None,
 ) -> Projection:
     """The edit of one tensor.
 
@@ -160,6 +162,7 @@ def projection(
         directional: for bf16 and fp16, round so that nothing along the direction comes back; False rounds to nearest.
         formulas: of the other tensors that this strength is for, to share with; experts come by the thousand.
         keep_norms: columns along the hidden axis keep their length; a single vector is projected only.
+        fused: compiled arithmetic, used where it can be; the bytes are the same.
 
     Raises:
         EditError: the tensor does not fit the projector, or its dtype cannot be edited.
@@ -174,7 +177,7 @@ def projection(
     if projector.form == "span" or keep_norms:
         return SpanProjection(info, axis, projector, strength, directional, keep_norms)
     shared, key = {} if formulas is None else formulas, (id(projector), dtype)
-    formula = shared[key] if key in shared else shared.setdefault(key, Formula(projector, strength, dtype, directional))
+    formula = shared.get(key) or shared.setdefault(key, Formula(projector, strength, dtype, directional, fused))
     if len(info.shape) == 1:
         return BiasProjection(info, formula, projector.form)
     if axis == 0:

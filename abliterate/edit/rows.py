@@ -42,6 +42,8 @@ class RowEdit:
 
     def _along(self, matrix: Tensor) -> Tensor:
         """W.v [rows] in fp64."""
+        if self._formula.fused is not None:
+            return total(self._formula.fused.row_sums(matrix, self._v))
         sums = torch.empty(len(matrix), narrow(matrix.shape[1]), dtype=self._formula.working)
         for part, room in _parts(matrix, self._formula.working):
             sums[part] = narrowed(room[0].copy_(matrix[part]), self._v)
@@ -63,12 +65,19 @@ class RowEdit:
             again, more = torch.empty_like(matrix[poor]), debt[poor] / self._share
             owed = self._nearest(matrix[poor], taken[poor] + more, again, payers)[1] - more * self._share
             stored[poor], debt[poor] = again, owed + unheld[poor]
-        settled = payers.settle(targets, debt.clone()).T.contiguous()  # three times faster to copy from than a view
-        for part, _ in _parts(matrix, self._formula.working):
-            stored[part].index_copy_(1, payers.rows, settled[part])
+        self._put(payers.settle(targets, debt.clone()), payers.rows, stored)
         special = (debt.abs() > most).index_fill_(0, self._formula.suspects(targets.T, taken), True).nonzero()[:, 0]
         if len(special):
             stored[special] = ColumnEdit(self._formula).whole(matrix[special].T.contiguous()).T
+
+    def _put(self, settled: Tensor, rows: Tensor, stored: Tensor) -> None:
+        """The payers' part of every row, [payers, rows], to its place."""
+        if self._formula.fused is not None:
+            self._formula.fused.put(settled, rows, stored)
+            return
+        turned = settled.T.contiguous()  # three times faster to copy from than a view
+        for part, _ in _parts(stored, self._formula.working):
+            stored[part].index_copy_(1, rows, turned[part])
 
     def _nearest(self, matrix: Tensor, taken: Tensor, stored: Tensor, payers: Payers) -> tuple[Tensor, Tensor]:
         """Rounds W - taken u; what that is for the payers [payers, rows], and what the others owe once rounded [rows].
@@ -77,6 +86,10 @@ class RowEdit:
             taken: W.v, or more where the debt is paid at once.
         """
         others = payers.others.float()
+        if self._formula.fused is not None:
+            given = matrix, taken, self._u, others, payers.rows, stored
+            targets, sums = self._formula.fused.round_rows(*given)
+            return targets, total(sums).float()
         targets = torch.empty(len(payers.rows), len(matrix))
         sums = torch.empty(len(matrix), narrow(matrix.shape[1]))
         for part, room in _parts(matrix, torch.float32):

@@ -4,10 +4,15 @@ Only element-wise additions and multiplications, in an order that depends on not
 calls a sum or a product of matrices is free to add up in any order, and does so by size, thread and processor.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from abliterate.errors import EditError
+
+GroupSum = Callable[[Tensor, Tensor], Tensor]
+"""v.W of a whole group of rows, as `fold` adds it up."""
 
 GROUP = 32
 """Rows that are added up before they go into the running total; counted from row 0, not from where a block starts."""
@@ -73,10 +78,13 @@ class CovectorSum:
 
     Args:
         covector: v [rows].
+        group_sum: for whole groups, where there is a faster way.
     """
 
-    def __init__(self, covector: Tensor, working: torch.dtype = torch.float64) -> None:
-        self._covector = covector.to(working)[:, None]
+    def __init__(
+        self, covector: Tensor, working: torch.dtype = torch.float64, group_sum: GroupSum | None = None
+    ) -> None:
+        self._covector, self._group_sum = covector.to(working)[:, None], group_sum
         self._next, self._filled = 0, 0
         self._terms = self._total = torch.empty(0)
 
@@ -95,6 +103,11 @@ class CovectorSum:
         first = 0
         while first < len(block):
             taken = min(GROUP - self._filled, len(block) - first)
+            if taken == GROUP and self._group_sum is not None:
+                rows = slice(self._next, self._next + GROUP)
+                self._total += self._group_sum(block[first : first + GROUP], self._covector[rows, 0])
+                first, self._next = first + GROUP, self._next + GROUP
+                continue
             part = self._terms[self._filled : self._filled + taken]
             part.copy_(block[first : first + taken])
             part.mul_(self._covector[self._next : self._next + taken])
