@@ -20,7 +20,7 @@ from abliterate.edit.projector import Projector, make_projector
 needs_numba = pytest.mark.skipif(fused() is None, reason="Numba (the extra `fast`) is not installed")
 SEEDS = st.integers(0, 2**32 - 1)
 KINDS = ("dense", "pruned", "tiny", "heavy", "along", "zero")
-quick = settings(deadline=None, max_examples=60)
+quick = settings(deadline=None, max_examples=40)
 
 
 def normal(seed: int, *shape: int) -> Tensor:

@@ -7,12 +7,23 @@ import pytest
 from tests.real.support import Converted, built, converted_once
 
 
+FIRST = ("test_push.py", "test_gemma.py", "test_selection.py", "test_audit.py")
+"""While one process makes the subject and converts it, the other has something to do that waits for neither."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Real models' tests come first: they take longest, so that they are not what is left at the end."""
     for item in items:
         if Path(str(item.fspath)).parent == Path(__file__).parent:
             item.add_marker(pytest.mark.real)
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    name = Path(str(item.fspath)).name
+    if item.get_closest_marker("real") is None:
+        return len(FIRST) + 1
+    return FIRST.index(name) if name in FIRST else len(FIRST)
 
 
 @pytest.fixture(scope="session")

@@ -74,13 +74,13 @@ def _watch(pid: int, peak: list[int]) -> None:
 
 def test_the_screened_pick_is_the_exhaustive_one(subject: Path, tmp_path: Path) -> None:
     screened, exhaustive = (
-        find(subject, tmp_path / name, *words, prompts=(32, 8, 2)).selection
+        find(subject, tmp_path / name, *words, prompts=(32, 8, 1)).selection
         for name, words in (("screened", ()), ("exhaustive", ("--exhaustive",)))
     )
     assert (screened["method"], exhaustive["method"]) == ("screened", "exhaustive")
     places = [[found["pick"][key] for key in ("position", "layer")] for found in (screened, exhaustive)]
     assert places[0] == places[1]
-    assert screened["forward_passes"] <= exhaustive["forward_passes"] / 4
+    assert screened["forward_passes"] <= exhaustive["forward_passes"] / 2.5
     assert screened["relaxed"] == exhaustive["relaxed"]
 
 

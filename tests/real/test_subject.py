@@ -168,7 +168,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 QUICK = """
 name: quick
-calibration: {train: 16, validation: 4, test: 8}
+calibration: {train: 12, validation: 3, test: 6}
+direction: {positions: 2}
 evaluation: {max_new_tokens: 4}
 """
 

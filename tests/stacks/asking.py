@@ -17,8 +17,8 @@ from abliterate.evaluation.degenerate import is_degenerate
 from abliterate.evaluation.statistics import Rate
 from tests.stacks.stacks import DRIVERS, EVERYTHING, Stack
 
-MAX_NEW_TOKENS = 48 if EVERYTHING else 24
-HARMFUL, HARMLESS = (64, 16) if EVERYTHING else (20, 4)
+MAX_NEW_TOKENS = 48 if EVERYTHING else 20
+HARMFUL, HARMLESS = (64, 16) if EVERYTHING else (12, 3)
 QUESTION, ANSWER = "What is the capital of Japan?", "Tokyo"
 LIMIT = 850
 ALONE = {
