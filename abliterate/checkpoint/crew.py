@@ -2,9 +2,11 @@
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -28,14 +30,37 @@ class StoppedError(Exception):
     """Work that is given up because other work failed; never what the user is told."""
 
 
+@dataclass
+class _Run:
+    """Pieces of one shard: those to begin, in their order, how many are being done, and what failed."""
+
+    waiting: deque[Callable[[], None]]
+    active: int = 0
+    error: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """Keeps what says most: not that work was given up, where something else was first."""
+        if self.error is None or isinstance(self.error, StoppedError):
+            self.error = error
+
+
 class Crew:
-    """Workers, each with a buffer that is used again and again."""
+    """Workers, each with a buffer that is used again and again.
+
+    They spread over the shards: writing into one file, one would wait for the other.
+    """
 
     def __init__(self) -> None:
-        self._count = min(WORKERS, os.cpu_count() or 1)
-        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="rewrite")
         self._own = threading.local()
         self._stopped = threading.Event()
+        self._runs: list[_Run] = []
+        self._news = threading.Condition()
+        count = min(WORKERS, os.cpu_count() or 1)
+        names = [f"rewrite {number}" for number in range(count)]
+        # daemons: `stop` waits for them, and where nobody could call it, nothing waits for them in vain
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
 
     def check(self) -> None:
         """Raises:
@@ -55,39 +80,49 @@ class Crew:
         """Does pieces of work, begun in their order, and waits for them.
 
         Raises:
-            Exception: of the first piece that failed; the others are given up.
+            Exception: of a piece that failed; the others are given up.
+            StoppedError: other work failed.
         """
-        futures: list[Future[None]] = []
-        try:
-            futures += map(self._submit, pieces)
-            for future in as_completed(futures):
-                future.result()
-        except BaseException as error:
-            # None is cancelled: of a queue that is emptied nobody tells those who wait. Stopped pieces end at once.
-            self._stopped.set()
-            wait(futures)
-            raise _reason(futures, error) from None
+        run = _Run(deque(pieces))
+        with self._news:
+            self._runs.append(run)
+            self._news.notify_all()
+            self._news.wait_for(lambda: not run.active and (not run.waiting or self._stopped.is_set()))
+            self._runs.remove(run)
+        if run.error is not None:
+            raise run.error
+        if run.waiting:
+            raise StoppedError
 
-    def _submit(self, piece: Callable[[], None]) -> "Future[None]":
-        self.check()
-        try:
-            return self._threads.submit(self._do, piece)
-        except RuntimeError:  # stopped in between
-            self.check()
-            raise
+    def _work(self) -> None:
+        while (found := self._next()) is not None:
+            run, piece = found
+            try:
+                piece()
+            except BaseException as error:
+                run.fail(error)
+                self._stopped.set()
+            with self._news:
+                run.active -= 1
+                self._news.notify_all()
 
-    def _do(self, piece: Callable[[], None]) -> None:
-        self.check()
-        try:
-            piece()
-        except BaseException:
-            self._stopped.set()
-            raise
+    def _next(self) -> tuple[_Run, Callable[[], None]] | None:
+        """The next piece, of the shard that the fewest are at, and of these the first; None at the end."""
+        with self._news:
+            self._news.wait_for(lambda: self._stopped.is_set() or any(run.waiting for run in self._runs))
+            if self._stopped.is_set():
+                return None
+            run = min((run for run in self._runs if run.waiting), key=lambda run: run.active)
+            run.active += 1
+            return run, run.waiting.popleft()
 
     def stop(self) -> None:
         """Gives up what is not begun, and waits for what is."""
-        self._stopped.set()
-        self._threads.shutdown()
+        with self._news:
+            self._stopped.set()
+            self._news.notify_all()
+        for thread in self._threads:
+            thread.join()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from abliterate.progress import Advance
 EDIT_BYTES = 2 << 20
 """Of one block of a tensor that is edited in order: what the edit makes of it stays in the cache of a core."""
 APART_BYTES = 8 << 20
-"""Of one block that is edited by itself: what is done once a block weighs little."""
+"""Of one block that is edited by itself, at most: what is done once a block weighs little."""
 COPY_BYTES = 32 << 20
 """Copied by one call: often enough for progress and Ctrl-C."""
 AHEAD_BYTES = 64 << 20
@@ -37,10 +37,12 @@ class TensorEdit(Protocol):
     Attributes:
         passes: how many times the whole stored tensor goes through `measure` before `apply`.
         independent: blocks may be applied in any order, by several threads at once; only with 2 and more dimensions.
+        block_bytes: of blocks of which the edit is fastest, where it is independent.
     """
 
     passes: int
     independent: bool
+    block_bytes: int
 
     def measure(self, rows: slice, block: Tensor) -> None:
         """Looks at rows of the stored tensor: `block` [rows, ...] in the stored dtype, `rows` along axis 0."""
@@ -161,7 +163,7 @@ def _pieces(job: ShardJob) -> Iterator[_Piece]:
         if info.name in job.edits and info.nbytes:
             start = source.data_start + info.start
             yield from _copied(run, start, run + shift)
-            yield from _edited(info, start, start + shift, job.edits[info.name].independent)
+            yield from _edited(info, start, start + shift, job.edits[info.name])
             run = source.data_start + info.end
     yield from _copied(run, source.file_size, run + shift)
     for copy in job.copies:
@@ -175,12 +177,12 @@ def _copied(start: int, end: int, target: int) -> Iterator[_Piece]:
         yield _Piece(first, min(end, first + COPY_BYTES), target + first - start)
 
 
-def _edited(info: TensorInfo, start: int, target: int, independent: bool) -> Iterator[_Piece]:
-    if not independent or len(info.shape) < 2:
+def _edited(info: TensorInfo, start: int, target: int, edit: TensorEdit) -> Iterator[_Piece]:
+    if not edit.independent or len(info.shape) < 2:
         yield _Piece(start, start + info.nbytes, target, info)
         return
     row_bytes = info.nbytes // info.shape[0]
-    step = rows_in(APART_BYTES, row_bytes)
+    step = rows_in(min(APART_BYTES, edit.block_bytes), row_bytes)
     for first in range(0, info.shape[0], step):
         last = min(info.shape[0], first + step)
         begin, end = first * row_bytes, last * row_bytes
@@ -229,7 +231,8 @@ class _Files:
         elif piece.rows is None:
             self._edit(piece, piece.info, self.job.edits[piece.info.name])
         else:
-            block = read_rows(self.source, self.job.source, piece.info, piece.rows, self.workers.buffer(APART_BYTES))
+            buffer = self.workers.buffer(piece.end - piece.start)
+            block = read_rows(self.source, self.job.source, piece.info, piece.rows, buffer)
             self._finite(piece.info, block, "holds")
             self._write(piece.info, self._applied(piece.info, piece.rows, block), piece.target)
         self.finished.add(number)

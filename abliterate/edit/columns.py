@@ -87,7 +87,7 @@ class ColumnEdit:
 
     def _found(self, part: slice) -> Tensor:
         targets = self._formula.targets(self._held[:, part], self._taken[part])
-        return self._formula.suspects(targets.T, self._taken[part])
+        return self._formula.suspects(targets, self._taken[part])
 
     def _parts(self) -> list[slice]:
         return [slice(first, first + COLUMNS) for first in range(0, len(self._along), COLUMNS)]

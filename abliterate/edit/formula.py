@@ -66,6 +66,12 @@ class Formula:
         paces, values = paces_of(weights, groups, OTHERS_PACE, later), weights.tolist()
         return [(pace, 1.0 - pace * math.fsum(values[group])) for group, pace in zip(groups, paces, strict=True)]
 
+    @cached_property
+    def share(self) -> float:
+        """What all but the payers pay of each unit that is taken along u; 1 where there are none."""
+        assert self.payers is not None
+        return math.fsum((self.payers.others * self.u).tolist()) or 1.0
+
     def unheld(self, along: Tensor) -> Tensor:
         """What stays along v because fp32 holds v.W to 24 bits: much, for a tensor that is little but u."""
         return ((along - along.float()) * self.strength).float()
@@ -86,11 +92,11 @@ class Formula:
         one by chance. Only these columns' elements are then all compared with what the arithmetic resolves.
 
         Args:
-            targets: of the payers, turned round [n, payers]. `taken`: v.W [n].
+            targets: of the payers [payers, n]. `taken`: v.W [n].
         """
         assert self.payers is not None
-        little = self._little * taken.abs()[:, None]
-        return (targets.abs() < little).any(1).nonzero()[:, 0]
+        little = self._little[:, None] * taken.abs()
+        return (targets.abs() < little).any(0).nonzero()[:, 0]
 
     def _taken(self, along: Tensor) -> Tensor:
         assert self.payers is not None

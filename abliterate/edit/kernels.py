@@ -17,6 +17,8 @@ _TABLE, _LINE = types.Array(types.float32, 2, "C"), types.Array(types.float32, 1
 _ROWS = types.Array(types.int64, 1, "C")
 _COLUMNS = 256
 """Worked on together: of a group of rows, what fits the cache of a core."""
+_ROWS_AT_ONCE = 16
+"""Whose payers are picked together: a cache line of each."""
 _EPS = np.float32(2.0**-7)
 _LEAST = np.float32(2.0**-133)
 """A step of the grid of bf16, as a share of a number; the step of its subnormal numbers."""
@@ -84,11 +86,11 @@ def _row_sums(matrix: Any, covector: Any, sums: Any) -> None:
     rows, hidden = matrix.shape
     terms = np.empty(hidden, np.float32)
     for row in range(rows):
+        values = matrix[row]
         for place in range(hidden):
-            terms[place] = _widened(matrix[row, place]) * covector[place]
+            terms[place] = _widened(values[place]) * covector[place]
         _halve(terms, sums.shape[1])
-        for place in range(sums.shape[1]):
-            sums[row, place] = terms[place]
+        sums[row] = terms[: sums.shape[1]]
 
 
 def _round_rows(
@@ -97,17 +99,20 @@ def _round_rows(
     """W - taken u to the nearest; that exactly for the payers; what the rounding puts in along `others`, in parts."""
     rows, hidden = matrix.shape
     terms = np.empty(hidden, np.float32)
-    for row in range(rows):
-        for place in range(hidden):
-            edited = _widened(matrix[row, place]) - taken[row] * u[place]
-            bits = _nearest(edited)
-            stored[row, place] = bits
-            terms[place] = (_widened(bits) - edited) * others[place]
+    for first in range(0, rows, _ROWS_AT_ONCE):
+        last = min(rows, first + _ROWS_AT_ONCE)
+        for row in range(first, last):
+            values, results, share = matrix[row], stored[row], taken[row]
+            for place in range(hidden):
+                edited = _widened(values[place]) - share * u[place]
+                bits = _nearest(edited)
+                results[place] = bits
+                terms[place] = (_widened(bits) - edited) * others[place]
+            _halve(terms, sums.shape[1])
+            sums[row] = terms[: sums.shape[1]]
         for number, place in enumerate(payers):
-            targets[number, row] = _widened(matrix[row, place]) - taken[row] * u[place]
-        _halve(terms, sums.shape[1])
-        for place in range(sums.shape[1]):
-            sums[row, place] = terms[place]
+            for row in range(first, last):
+                targets[number, row] = _widened(matrix[row, place]) - taken[row] * u[place]
 
 
 def _group_sum(matrix: Any, covector: Any, sums: Any) -> None:

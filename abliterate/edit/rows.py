@@ -5,8 +5,6 @@ leaves more debt than the row's payers can pay, it is done once more with the de
 still cannot, or little is left of the row, it is edited as a column, with the debt paid on the way.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -25,9 +23,6 @@ class RowEdit:
     def __init__(self, formula: Formula) -> None:
         self._formula = formula
         self._u, self._v = formula.u.to(formula.working), formula.v.to(formula.working)
-        others = formula.v if formula.payers is None else formula.payers.others
-        # What the others pay of each unit that is taken along u; nothing where all rows are payers.
-        self._share = math.fsum((others * formula.u).tolist()) or 1.0
 
     def apply(self, matrix: Tensor) -> Tensor:
         """The rows as they are to be stored."""
@@ -62,11 +57,11 @@ class RowEdit:
         most = SPENT * payers.means(targets)
         poor = (debt.abs() > most).nonzero()[:, 0]
         if len(poor):
-            again, more = torch.empty_like(matrix[poor]), debt[poor] / self._share
-            owed = self._nearest(matrix[poor], taken[poor] + more, again, payers)[1] - more * self._share
+            again, more = torch.empty_like(matrix[poor]), debt[poor] / self._formula.share
+            owed = self._nearest(matrix[poor], taken[poor] + more, again, payers)[1] - more * self._formula.share
             stored[poor], debt[poor] = again, owed + unheld[poor]
         self._put(payers.settle(targets, debt.clone()), payers.rows, stored)
-        special = (debt.abs() > most).index_fill_(0, self._formula.suspects(targets.T, taken), True).nonzero()[:, 0]
+        special = (debt.abs() > most).index_fill_(0, self._formula.suspects(targets, taken), True).nonzero()[:, 0]
         if len(special):
             stored[special] = ColumnEdit(self._formula).whole(matrix[special].T.contiguous()).T
 
@@ -85,7 +80,7 @@ class RowEdit:
         Args:
             taken: W.v, or more where the debt is paid at once.
         """
-        others = payers.others.float()
+        others = self._formula.column_others
         if self._formula.fused is not None:
             given = matrix, taken, self._u, others, payers.rows, stored
             targets, sums = self._formula.fused.round_rows(*given)

@@ -76,7 +76,7 @@ class Scaled:
 
     def __init__(self, passes: int = 0) -> None:
         self.passes = passes
-        self.independent = False
+        self.independent, self.block_bytes = False, 8 << 20
         self.measured: list[tuple[slice, Tensor]] = []
         self.applied: list[slice] = []
 

@@ -341,7 +341,7 @@ class Apart(Scaled):
 
     def __init__(self, act: Callable[[slice], object] = lambda rows: None) -> None:
         super().__init__()
-        self.independent, self.act = True, act
+        self.independent, self.block_bytes, self.act = True, 8 << 20, act
 
     def apply(self, rows: slice, block: Tensor) -> Tensor:
         self.act(rows)

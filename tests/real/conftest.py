@@ -6,7 +6,6 @@ import pytest
 
 from tests.real.support import Converted, built, converted_once
 
-
 FIRST = ("test_push.py", "test_gemma.py", "test_selection.py", "test_audit.py")
 """While one process makes the subject and converts it, the other has something to do that waits for neither."""
 
