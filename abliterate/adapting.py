@@ -13,7 +13,7 @@ from abliterate.checkpoint.files import DIRECTION_FILE
 from abliterate.checkpoint.listing import hashed, record_of
 from abliterate.checkpoint.locate import find
 from abliterate.checkpoint.output import check_target, tidy
-from abliterate.conversion import prepare, study_base
+from abliterate.conversion import prepare
 from abliterate.direction.files import direction_bytes, load_cut
 from abliterate.identity import identity_of
 from abliterate.job import BaseFindings, Job
@@ -22,6 +22,7 @@ from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_
 from abliterate.recipe import Recipe
 from abliterate.record import removal_record, selection_record, tool_record
 from abliterate.resume import keep_only, working
+from abliterate.studying import study_base
 from abliterate.subject import RunOptions, open_subject
 
 SCHEMA = "abliteration-adapter/1"

@@ -15,9 +15,9 @@ from abliterate.calibration.load import pick_device, pick_dtype
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.prompts import PromptSplit
 from abliterate.certify.certificate import Certificate
-from abliterate.checkpoint.locate import find
+from abliterate.checkpoint.locate import Source, find
 from abliterate.checkpoint.output import check_target, tidy
-from abliterate.conversion import Conversion, convert, prepare, prove, study_base, write_edited
+from abliterate.conversion import Conversion, convert, prepare, prove
 from abliterate.errors import CalibrationError, RecipeError, SelectionError
 from abliterate.evaluation.sets import Evaluation
 from abliterate.identity import identity_of
@@ -26,7 +26,9 @@ from abliterate.publish.comparison import Aim, Certified, Comparison, Comparison
 from abliterate.publish.comparison_view import BASE, comparison_files
 from abliterate.recipe import Recipe, load_recipe, recipe_word
 from abliterate.resume import working
+from abliterate.rewriting import write_edited
 from abliterate.stages import Once, Stages
+from abliterate.studying import study_base
 from abliterate.subject import RunOptions, load_model, open_subject
 
 log = logging.getLogger(__name__)
@@ -239,7 +241,7 @@ class _Comparing:
             start = time.perf_counter()
             write_edited(job, found, edited)
             seconds = shared.seconds[name] + time.perf_counter() - start
-            certificate, after = prove(job, found, edited, shared.of(job.recipe))
+            certificate, after = prove(job, found, Source(edited, None, None, None), shared.of(job.recipe))
         finally:
             shutil.rmtree(edited, ignore_errors=True)
         kind, evaluation = certified(certificate), after.evaluation if after else None

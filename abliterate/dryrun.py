@@ -8,15 +8,15 @@ from abliterate.calibration.load import pick_device, pick_dtype
 from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.glimpse import glimpse
-from abliterate.checkpoint.keeper import unfilled
 from abliterate.checkpoint.output import check_target
 from abliterate.conversion import prepare
 from abliterate.hub.explain import client_log
 from abliterate.hub.repository import Destination, look
 from abliterate.identity import identity_of
-from abliterate.job import Job, output_bytes, passes_of
+from abliterate.job import Job, passes_of, return_of
 from abliterate.recipe import Recipe
 from abliterate.resume import outlook
+from abliterate.space import space_needed
 from abliterate.subject import RunOptions, placement_of, subject_at
 from abliterate.traffic import traffic_words
 
@@ -41,6 +41,7 @@ def dry_run(
     evaluate: bool = True,
     overwrite: bool = False,
     push_to: Destination | None = None,
+    drop_shards: bool = False,
 ) -> DryRun:
     """Checks what `convert` would check before it loads any weight, OUT included, and touches nothing.
 
@@ -56,8 +57,10 @@ def dry_run(
         whole = subject.source.model_id is None
         left = outlook(Path(out), identity_of(job), overwrite=overwrite, files=whole)
         place = next(parent for parent in Path(out).resolve().parents if parent.exists())
-        check_space(place, output_bytes(job) + unfilled(subject.checkpoint.keeper, place))
-        words = (_summary(job, Path(out)), traffic_words(subject, options, passes_of(job)), left, push)
+        check_space(place, space_needed(job, place, drops=drop_shards))
+        back = return_of(job) if drop_shards else None
+        traffic = traffic_words(subject, options, passes_of(job), back=back)
+        words = (_summary(job, Path(out), drop_shards), traffic, left, push)
         return DryRun(job.subject.plan, job.subject.checkpoint, "; ".join(filter(None, words)))
 
 
@@ -70,15 +73,16 @@ def _push_summary(to: Destination) -> str:
     return f"the result would be pushed to {found.url} ({'private' if found.private else 'public'})"
 
 
-def _summary(job: Job, out: Path) -> str:
+def _summary(job: Job, out: Path, drops: bool) -> str:
     plan, checkpoint = job.subject.plan, job.subject.checkpoint
     source = f"the direction in {job.direction_file}" if job.direction_file else "a direction found by calibration"
     device = pick_device(job.options.device)
     dtype = pick_dtype(job.options.dtype, device, job.subject.stored_dtype)
     placement = placement_of(job.subject, job.options, dtype, device)
     weights = "streamed layer by layer" if placement.streamed else "kept in memory"
+    shards = f"written to {out}" if not drops else f"sent to the Hub and not kept, the rest written to {out}"
     return (
         f"{len(plan.writers)} residual writers of {len(checkpoint.tensors)} tensors would be edited along {source}, "
-        f"and {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.shards)} shards written to {out}; "
+        f"and {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.shards)} shards {shards}; "
         f"models would run with their weights {weights} ({placement.reason})"
     )

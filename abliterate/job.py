@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.certify.stream import StreamResidual
+from abliterate.checkpoint.extend import TensorCopy, extended_header
 from abliterate.checkpoint.files import DIRECTION_FILE
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.edit.cut import Cut
@@ -15,11 +16,9 @@ from abliterate.find import FoundDirection
 from abliterate.prompting import Prompts
 from abliterate.proving import StreamText, Tongue
 from abliterate.recipe import Recipe, recipe_word
-from abliterate.record import (
-    EditRecord,
-)
+from abliterate.record import EditRecord
 from abliterate.subject import RunOptions, Subject
-from abliterate.traffic import BESIDE_ANSWERS, CALIBRATION, DISCOVERY, Passes
+from abliterate.traffic import BESIDE_ANSWERS, CALIBRATION, CERTIFICATE, DISCOVERY, Passes, Return
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,17 @@ def passes_of(job: Job) -> Passes:
     before = found + answers + BESIDE_ANSWERS * job.evaluate
     gains = any(writer.gain or writer.skip for writer in job.subject.plan.writers)
     return Passes(before + (before > 0), 2 + gains, answers)
+
+
+def return_of(job: Job) -> Return:
+    """What a conversion fetches back whose shards do not stay."""
+    plan, checkpoint = job.subject.plan, job.subject.checkpoint
+    copies = [TensorCopy(*names) for names in plan.untying or ()] if unties(job) else []
+    mine = [[copy for copy in copies if copy.source in shard.tensors] for shard in checkpoint.shards]
+    sizes = [extended_header(*each).file_size for each in zip(checkpoint.shards, mine, strict=True)]
+    answers = passes_of(job).answers
+    gains = any(writer.gain or writer.skip for writer in plan.writers)
+    return Return(sizes, Passes(CERTIFICATE + answers + BESIDE_ANSWERS * job.evaluate, 1 + gains, answers))
 
 
 def command_of(subject: Subject, recipe: Recipe, direction: Path | None, options: RunOptions, evaluate: bool) -> str:

@@ -50,6 +50,9 @@ class Journal:
     Args:
         work: the work folder.
         identity: all that the output depends on, as plain JSON values.
+
+    Attributes:
+        sent_to: the branch of the Hub that has shards which are finished and not in the work folder.
     """
 
     def __init__(self, work: WorkFolder, identity: Mapping[str, Any]) -> None:
@@ -59,6 +62,7 @@ class Journal:
         self._shards: dict[str, ShardEntry] = {}
         self._trail = ""
         self._seen: set[str] = set()
+        self.sent_to: str | None = None
 
     @property
     def begun(self) -> bool:
@@ -147,6 +151,7 @@ class Journal:
         body = {
             "format": FORMAT,
             "identity": self.identity,
+            "sent to": self.sent_to,
             "stages": {name: dataclasses.asdict(entry) for name, entry in self._stages.items()},
             "shards": {name: dataclasses.asdict(entry) for name, entry in self._shards.items()},
         }
@@ -165,6 +170,7 @@ def read_journal(work: WorkFolder) -> Journal | None:
         if body.pop("sha256") != _check(body) or body["format"] != FORMAT:
             raise JournalError("its hash is another")
         journal = Journal(work, body["identity"])
+        journal.sent_to = body.get("sent to")
         journal._stages = {name: Entry(**entry) for name, entry in body["stages"].items()}
         journal._shards = {
             name: ShardEntry(ShardRecord(**entry["record"]), entry["after"]) for name, entry in body["shards"].items()

@@ -7,10 +7,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from abliterate.hub.courier import Courier
 from abliterate.hub.explain import client_log, explained
-from abliterate.hub.parcel import CARD, Parcel, checked, pack
+from abliterate.hub.parcel import CARD, Item, Parcel, Placed, checked, pack
 from abliterate.hub.repository import Destination, Repository, look, page_of, prepare
+from abliterate.hub.sending import Sender
 from abliterate.hub.upload import Landed, Upload, client_bars, message_of
 from abliterate.progress import SILENT, Progress
 
@@ -91,7 +91,7 @@ def push(folder: Path | str, to: Destination, *, progress: Progress = SILENT, dr
     return pushed(parcel, repository, landed)
 
 
-def deliver(sender: Courier | None, sound: bool, folder: Path) -> Pushed | None:
+def deliver(sender: Sender | None, sound: bool, folder: Path) -> Pushed | None:
     """Commits what a conversion has made, before it becomes OUT: after that, a stopped push could not be continued.
 
     Args:
@@ -107,6 +107,7 @@ def deliver(sender: Courier | None, sound: bool, folder: Path) -> Pushed | None:
     if not sound:
         sender.stop()
         log.warning("nothing was committed to %s", sender.repository.name)
+        sender.leave(folder)
         return None
     parcel, landed = sender.deliver(folder)
     return pushed(parcel, sender.repository, landed)
@@ -114,6 +115,7 @@ def deliver(sender: Courier | None, sound: bool, folder: Path) -> Pushed | None:
 
 def pushed(parcel: Parcel, repository: Repository, landed: Landed) -> Pushed:
     """What a finished push came to."""
+    files: list[Item | Placed] = [*parcel.items, *parcel.placed]
     return Pushed(
         repository=repository.name,
         branch=repository.destination.branch,
@@ -122,7 +124,7 @@ def pushed(parcel: Parcel, repository: Repository, landed: Landed) -> Pushed:
         created=repository.created,
         commit=landed.commit,
         pull_request=landed.pull_request,
-        files={item.name: item.size for item in parcel.items},
+        files={file.name: file.size for file in files},
         sent=landed.sent,
         left_out=parcel.left_out,
         removed=landed.removed,

@@ -3,11 +3,11 @@
 import errno
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.hashing import file_sha256, shard_sha256
@@ -21,8 +21,20 @@ from abliterate.journal import Journal, JournalError, read_journal
 from abliterate.progress import SILENT, Progress, from_any_thread
 
 log = logging.getLogger(__name__)
+
 PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM})
 """What is of this machine and this moment, and not of the input."""
+
+
+class Sent(Protocol):
+    """Where shards are that were sent away when they were finished."""
+
+    @property
+    def place(self) -> str:
+        """Its name, for people."""
+
+    def holds(self, records: Mapping[str, ShardRecord]) -> Collection[str]:
+        """Names of those that are there as they were written."""
 
 
 @contextmanager
@@ -33,11 +45,15 @@ def working(
     *,
     overwrite: bool,
     progress: Progress = SILENT,
+    sent: Sent | None = None,
 ) -> Iterator[tuple[Staging, Journal]]:
     """Yields the folder to fill, with what an earlier run of the same identity has in it, and the journal.
 
     Whatever stops the work, what is finished by then stays for the next run; only where an input is at fault, so that
     the same would happen again, nothing does.
+
+    Args:
+        sent: where shards go that do not stay in the folder; None where all do.
 
     Raises:
         OutputError: see `staged`; or the work of another command is there, unfinished.
@@ -45,7 +61,7 @@ def working(
     with staged(out, overwrite=overwrite, inputs=[checkpoint.folder]) as staging:
         journal = None
         try:
-            journal = _open(staging.work, checkpoint, identity, overwrite, progress)
+            journal = _open(staging.work, checkpoint, identity, overwrite, progress, sent)
             yield staging, journal
         except BaseException as error:
             if journal is not None:
@@ -74,22 +90,31 @@ def outlook(out: Path, identity: Mapping[str, Any], *, overwrite: bool, files: b
 
 
 def _open(
-    work: WorkFolder, checkpoint: Checkpoint, identity: Mapping[str, Any], overwrite: bool, progress: Progress
+    work: WorkFolder,
+    checkpoint: Checkpoint,
+    identity: Mapping[str, Any],
+    overwrite: bool,
+    progress: Progress,
+    sent: Sent | None,
 ) -> Journal:
     journal, other = _look(work, identity)
     if journal is not None and other is None:
-        changed = _recheck(journal, checkpoint, progress)
+        changed = _recheck(journal, checkpoint, progress, sent.holds(journal.all_shards) if sent else ())
         other = f"files of the base: {', '.join(changed)}" if changed else None
     if other is not None:
         _refuse_or_say(work, other, overwrite)
         log.warning("what an earlier command left unfinished in %s is removed", work.path)
+    if journal is not None and journal.sent_to not in (None, sent.place if sent else None):
+        log.warning("%s has shards that an earlier command sent, and that nobody needs now: remove it", journal.sent_to)
     if journal is not None and other is None:
         log.warning("continuing a run that was stopped: %s", journal.summary)
-        return journal
-    work.clear()
-    work.new.mkdir()
-    work.stages.mkdir()
-    return Journal(work, identity)
+    else:
+        work.clear()
+        work.new.mkdir()
+        work.stages.mkdir()
+        journal = Journal(work, identity)
+    journal.sent_to = sent.place if sent else None
+    return journal
 
 
 def _look(work: WorkFolder, identity: Mapping[str, Any], files: bool = True) -> tuple[Journal | None, str | None]:
@@ -112,8 +137,11 @@ def _refuse_or_say(work: WorkFolder, other: str, overwrite: bool) -> None:
         )
 
 
-def _recheck(journal: Journal, checkpoint: Checkpoint, progress: Progress) -> list[str]:
+def _recheck(journal: Journal, checkpoint: Checkpoint, progress: Progress, sent: Collection[str]) -> list[str]:
     """Hashes every finished shard again, input and output; drops those that were damaged.
+
+    Args:
+        sent: names of those that are on the Hub as they were written.
 
     Returns:
         Names of inputs that have changed.
@@ -133,7 +161,11 @@ def _recheck(journal: Journal, checkpoint: Checkpoint, progress: Progress) -> li
             if record.sha256_in is not None and before != record.sha256_in:
                 changed.append(record.name)
             elif record.sha256_out is None or after != record.sha256_out:
-                log.warning("%s is not as it was written: it is written again", target)
+                if record.name in sent:
+                    target.unlink(missing_ok=True)
+                    continue
+                what = "is not as it was written" if after or not journal.sent_to else f"is not on {journal.sent_to}"
+                log.warning("%s %s: it is written again", target, what)
                 journal.drop_shard(record.name)
     return changed
 

@@ -18,6 +18,7 @@ from abliterate.calibration.load import load_resident, load_tokenizer, pick_devi
 from abliterate.calibration.memory import Need, Placement, need_of, place, place_fetched
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.streaming import load_streamed
+from abliterate.checkpoint.allowance import Allowance
 from abliterate.checkpoint.files import Checkpoint, open_checkpoint
 from abliterate.checkpoint.header import DTYPES
 from abliterate.checkpoint.locate import Source, resolve
@@ -107,13 +108,18 @@ def open_subject(
 
 
 @contextmanager
-def opened(model: str, revision: str | None, options: RunOptions, inexact: bool = False) -> Iterator[Subject]:
+def opened(
+    model: str, revision: str | None, options: RunOptions, inexact: bool = False, allowance: Allowance | None = None
+) -> Iterator[Subject]:
     """`open_subject`, and while this lasts, with a cache limit, its shards are fetched when they are asked for.
+
+    Args:
+        allowance: what the shards share with others, in place of a limit of their own.
 
     Raises:
         HubError: the Hub fails.
     """
-    with located(model, revision, options.cache_limit, options.progress) as source:
+    with located(model, revision, allowance or options.cache_limit, options.progress) as source:
         yield subject_at(source, options.trust_remote_code, inexact)
 
 
@@ -170,9 +176,15 @@ def load_model(
     return load_streamed(subject.checkpoint, subject.plan, placement, scratch=scratch, **common)
 
 
-def placement_of(subject: Subject, options: RunOptions, dtype: torch.dtype, device: torch.device) -> Placement:
-    """Where the weights will be while the model runs, by what it needs and what there is."""
-    placing = place if subject.checkpoint.keeper is None else place_fetched
+def placement_of(
+    subject: Subject, options: RunOptions, dtype: torch.dtype, device: torch.device, fetched: bool = False
+) -> Placement:
+    """Where the weights will be while the model runs, by what it needs and what there is.
+
+    Args:
+        fetched: as if its shards came and went, whether they do or not.
+    """
+    placing = place if subject.checkpoint.keeper is None and not fetched else place_fetched
     return placing(parse_memory(options.memory), _need(subject, options, dtype), device)
 
 

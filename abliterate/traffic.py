@@ -1,12 +1,13 @@
 """How much a run fetches whose shards come and go, said before it begins; docs/hub.md."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from abliterate.architecture.blueprint import read_blueprint
 from abliterate.architecture.writer import layer_of
 from abliterate.calibration.load import pick_device, pick_dtype
+from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.turns import least, traffic
 from abliterate.errors import CheckpointError
 from abliterate.sizes import enough, short
@@ -54,55 +55,99 @@ class Traffic:
     least: int
 
 
-def tell_traffic(subject: Subject, options: RunOptions, passes: Passes, dtype: str | None = None) -> None:
+NOTHING = Traffic(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Return:
+    """A result whose shards are sent away as they are written, and read back to be proved.
+
+    Attributes:
+        sizes: of its shards in bytes, in the order of the base's.
+        passes: over what is read back.
+    """
+
+    sizes: Sequence[int]
+    passes: Passes
+
+
+def tell_traffic(
+    subject: Subject, options: RunOptions, passes: Passes, dtype: str | None = None, back: Return | None = None
+) -> None:
     """Says what a run will fetch, where its shards come and go.
+
+    Args:
+        back: of the result, where it is fetched too.
 
     Raises:
         CheckpointError: the limit is too small for a pass, or it would be too much by far.
     """
-    words = traffic_words(subject, options, passes, dtype)
+    words = traffic_words(subject, options, passes, dtype, back)
     if words is not None:
         log.warning("%s: %s", subject.name, words)
 
 
-def traffic_words(subject: Subject, options: RunOptions, passes: Passes, dtype: str | None = None) -> str | None:
+def traffic_words(
+    subject: Subject, options: RunOptions, passes: Passes, dtype: str | None = None, back: Return | None = None
+) -> str | None:
     """What `tell_traffic` says; None where nothing is fetched on the way."""
-    keeper, size = subject.checkpoint.keeper, subject.checkpoint.nbytes
-    if keeper is None:
+    checkpoint, limit = subject.checkpoint, options.cache_limit
+    if limit is None or (checkpoint.keeper is None and back is None):
         return None
-    found = foresee(subject, options, passes, dtype)
-    if keeper.limit < found.least:
-        raise CheckpointError(
-            f"--cache-limit {keeper.limit} is too little for {subject.name}: {found.least:,} bytes of its shards are "
-            f"needed at once; give {enough(found.least)} or more"
-        )
+    base = _sizes(checkpoint)
+    found = foresee(subject, options, passes, base, limit, dtype) if checkpoint.keeper else NOTHING
+    again = foresee(subject, options, back.passes, back.sizes, limit, dtype) if back else NOTHING
+    pairs = [sum(sizes) for sizes in zip(base, back.sizes, strict=True)] if back else []
+    _refuse_too_small(subject, limit, max(found.least, again.least, *pairs, 0))
+    total, every = found.total + again.total, max(found.again, again.again)
     less = "a larger --cache-limit or more --memory fetches less"
-    if passes.answers and found.again:
+    if passes.answers and every:
         less += f", and so does --no-evaluate: answers of {passes.answers} tokens take as many passes"
-    if found.total > MOST * size:
+    if total > MOST * checkpoint.nbytes:
         raise CheckpointError(
-            f"{subject.name} of {short(size)} would be fetched more than {MOST} times over, {short(found.total)} in "
-            f"all, {short(found.again)} for each of {passes.model} passes: {less}; --max-new-tokens makes them fewer"
+            f"{subject.name} of {short(checkpoint.nbytes)} would be fetched more than {MOST} times over, "
+            f"{short(total)} in all, {short(every)} for each of {max(passes.model, back.passes.model if back else 0)} "
+            f"passes: {less}; --max-new-tokens makes them fewer"
         )
-    once = (
-        f"{short(size)} in {len(subject.checkpoint.shards)} shards, at most {short(keeper.limit)} on the disk at once"
-    )
-    again = f"; every pass fetches {short(found.again)} again: {less}" if found.again else ""
-    return f"{once}; about {short(found.total)} will be fetched{again}"
+    words = [
+        f"{short(checkpoint.nbytes)} in {len(checkpoint.shards)} shards, at most {short(limit)} on the disk at once",
+        f"about {short(found.total)} will be fetched" if checkpoint.keeper else "",
+        f"about {short(again.total)} of the result will be fetched back to be proved" if back else "",
+        f"every pass fetches {short(every)} again: {less}" if every else "",
+    ]
+    return "; ".join(filter(None, words))
 
 
-def foresee(subject: Subject, options: RunOptions, passes: Passes, dtype: str | None = None) -> Traffic:
-    """By going through the shards as the passes will."""
-    checkpoint, keeper = subject.checkpoint, subject.checkpoint.keeper
-    assert keeper is not None
+def _sizes(checkpoint: Checkpoint) -> list[int]:
+    """Bytes that each shard takes of the limit."""
+    keeper = checkpoint.keeper
+    return [keeper.size(shard.path.name) if keeper else 0 for shard in checkpoint.shards]
+
+
+def _refuse_too_small(subject: Subject, limit: int, least: int) -> None:
+    if limit < least:
+        raise CheckpointError(
+            f"--cache-limit {limit} is too little for {subject.name}: {least:,} bytes of its shards are "
+            f"needed at once; give {enough(least)} or more"
+        )
+
+
+def foresee(
+    subject: Subject, options: RunOptions, passes: Passes, sizes: Sequence[int], limit: int, dtype: str | None = None
+) -> Traffic:
+    """By going through the shards as the passes will.
+
+    Args:
+        sizes: bytes that each shard takes of the limit.
+        limit: bytes that may be on the disk at once.
+    """
     device = pick_device(options.device)
     computing = pick_dtype(dtype or options.dtype, device, subject.stored_dtype)
-    held = placement_of(subject, options, computing, device).held
-    sizes = [keeper.size(shard.path.name) for shard in checkpoint.shards]
+    held = placement_of(subject, options, computing, device, fetched=True).held
     beside, layers = _visits(subject, options.trust_remote_code)
     once, every = [{number} for number in range(len(sizes))], layers[held:]
     most = least([*layers, *once, _compared(subject)], sizes)
-    limit = max(keeper.limit, most)
+    limit = max(limit, most)
     again, read = traffic(every, sizes, limit)[1], traffic(once, sizes, limit)[1]
     if not passes.model:
         return Traffic(sum(sizes) + read * (passes.reads - 1), again, most)

@@ -22,12 +22,15 @@ FUNCTIONS = {
         "open_subject": "read headers, plan",
         "prepare": "tokenizer, chat format, prompts",
         "load_model": "load weights",
-        "build_edits": "projectors",
-        "rewrite_checkpoint": "rewrite",
-        "carry_over": "carry files over",
         "assemble": "certificate: writers",
         "publish_files": "manifest, card, plot",
         "_finish": "flush to disk, rename",
+    },
+    "abliterate.studying": {"load_model": "load weights"},
+    "abliterate.rewriting": {
+        "build_edits": "projectors",
+        "rewrite_checkpoint": "rewrite",
+        "carry_over": "carry files over",
     },
     "abliterate.proving": {"load_model": "load weights"},
 }

@@ -5,6 +5,7 @@ import re
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -37,6 +38,13 @@ class Blob:
             entry["lfs"] = {"oid": self.sha256, "size": len(self.content), "pointerSize": 134}
         return entry
 
+    def sibling(self, path: str) -> dict[str, Any]:
+        """As the API lists it with a repository, where sizes are asked for."""
+        sibling = {"rfilename": path, "size": len(self.content), "blobId": self.git_sha1}
+        if self.large:
+            sibling["lfs"] = {"sha256": self.sha256, "size": len(self.content), "pointerSize": 134}
+        return sibling
+
 
 Files = dict[str, Blob]
 
@@ -56,7 +64,7 @@ class Repository:
     pulls: int = 0
 
     def __post_init__(self) -> None:
-        self.branches["main"] = self._add({".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "first")
+        self.branches["main"] = self.add({".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "first")
 
     def resolve(self, revision: str) -> str | None:
         """The commit of a branch, a pull request or a commit."""
@@ -68,7 +76,7 @@ class Repository:
 
     def commit(self, branch: str, files: Files, pull: bool = False) -> str:
         """Adds a commit to a branch, or as a pull request beside it."""
-        made = self._add(files, f"{self.branches[branch]} {len(self.commits)}")
+        made = self.add(files, f"{self.branches[branch]} {len(self.commits)}")
         if pull:
             self.pulls += 1
             branch = f"refs/pr/{self.pulls}"
@@ -76,7 +84,7 @@ class Repository:
         self.log.append(made)
         return made
 
-    def _add(self, files: Files, salt: str) -> str:
+    def add(self, files: Files, salt: str) -> str:
         listed = sorted((name, blob.sha256) for name, blob in files.items())
         name = hashlib.sha1(f"{salt} {listed}".encode()).hexdigest()
         self.commits[name] = files
@@ -146,6 +154,15 @@ class Store:
     def fault(self, request: str) -> Fault | None:
         with self.lock:
             return next((fault for fault in self.faults if fault.hits(request)), None)
+
+    def serve(self, name: str, folder: Path) -> Repository:
+        """A repository with the files of a folder, safetensors as large ones."""
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        made = self.repositories[name] = Repository(private=False)
+        made.branches["main"] = made.add(
+            {key: Blob(path.read_bytes(), path.suffix == ".safetensors") for key, path in files.items()}, name
+        )
+        return made
 
     def complete(self, name: str, wanted: dict[str, bytes], revision: str = "main") -> bool:
         """Whether a repository holds those files, to the byte, beside what it began with."""

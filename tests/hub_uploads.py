@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs
 
 from tests import hub_large as large
 from tests.hub_request import Answer, Handler, RefusedError, as_json
@@ -38,7 +39,9 @@ def _create(on: Handler, body: bytes) -> Answer:
 def _info(on: Handler, name: str, revision: str | bytes, _body: bytes = b"") -> Answer:
     repository = on.repository(name)
     commit = on.revision(repository, revision if isinstance(revision, str) else "main")
-    names = [{"rfilename": path} for path in repository.files(commit)]
+    sizes = "blobs" in on.query
+    files = repository.files(commit).items()
+    names = [blob.sibling(path) if sizes else {"rfilename": path} for path, blob in files]
     return as_json({"id": name, "sha": commit, "private": repository.private, "siblings": names, "tags": []})
 
 
@@ -63,6 +66,23 @@ def _branch(on: Handler, name: str, branch: str, body: bytes) -> Answer:
         raise RefusedError(409, message="Reference already exists")
     repository.branches[branch] = on.revision(repository, json.loads(body or b"{}").get("startingPoint", "main"))
     return as_json({})
+
+
+def _remove_branch(on: Handler, name: str, branch: str, _body: bytes) -> Answer:
+    repository = on.repository(name, write=True)
+    if branch == "main":
+        raise RefusedError(403, message="Cannot delete the main branch")
+    if repository.branches.pop(branch, None) is None:
+        raise RefusedError(404, message="Reference does not exist")
+    return as_json({})
+
+
+def _paths(on: Handler, name: str, revision: str, body: bytes) -> Answer:
+    """Of the paths that are asked for, as a form, those that are there."""
+    repository = on.repository(name)
+    files = repository.files(on.revision(repository, revision))
+    asked = parse_qs(body.decode()).get("paths", [])
+    return as_json([files[path].entry(path) for path in asked if path in files])
 
 
 def _preupload(on: Handler, name: str, revision: str, body: bytes) -> Answer:
@@ -142,6 +162,8 @@ ROUTES: dict[str, Callable[..., Answer]] = {
     rf"GET /api/models/{NAME}/tree/([^/]+)/?": _tree,
     rf"GET /api/models/{NAME}/tree/([^/]+)/(.+)": _folder,
     rf"POST /api/models/{NAME}/branch/([^/]+)": _branch,
+    rf"DELETE /api/models/{NAME}/branch/([^/]+)": _remove_branch,
+    rf"POST /api/models/{NAME}/paths-info/([^/]+)": _paths,
     rf"POST /api/models/{NAME}/preupload/([^/]+)": _preupload,
     rf"POST /api/models/{NAME}/commit/([^/]+)": _commit,
     rf"POST /{NAME}\.git/info/lfs/objects/batch": large.batch,

@@ -27,7 +27,7 @@ OPTIONS = {
     "convert": COMMON
     | PROMPTS
     | {"--direction", "--dry-run", "--overwrite", "--no-evaluate", "--no-hash", "--exhaustive"}
-    | {"--push-to", "--private", "--public", "--cache-limit", "--adapter", "--patch"},
+    | {"--push-to", "--private", "--public", "--cache-limit", "--drop-shards", "--adapter", "--patch"},
     "direction": COMMON | PROMPTS | {"-o", "--exhaustive", "--cache-limit"},
     "plan": {"--revision", "--json", "-v", "-q"},
     "verify": COMMON | {"--direction", "--template", "--cache-limit"},

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from abliterate import conversion, identity
+from abliterate import conversion, identity, studying
 from abliterate.checkpoint import shard
 from abliterate.checkpoint.workfolder import WorkFolder, held
 from abliterate.errors import CheckpointError
@@ -111,13 +111,14 @@ def stopped(left: Path, room: Path) -> Path:
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the models that are loaded."""
-    seen, real = [], conversion.load_model
+    seen, real = [], studying.load_model
 
     def load(subject: Any, *given: Any, **named: Any) -> Any:
         seen.append(subject.name)
         return real(subject, *given, **named)
 
-    monkeypatch.setattr(conversion, "load_model", load)
+    for room in (studying, conversion):
+        monkeypatch.setattr(room, "load_model", load)
     return seen
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from abliterate.checkpoint.elsewhere import weights_at
 from abliterate.checkpoint.header import Header, TensorInfo, read_header
 from abliterate.checkpoint.jsontext import MAX_DEPTH, is_shallow
 from abliterate.checkpoint.keeper import Keeper
@@ -81,6 +82,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path, keeper: Keeper | None = None) -> Checkpoint:
     """Reads configuration, index and headers of a checkpoint folder, and no weights.
 
+    Of a folder that a conversion left without its weights the error says where on the Hub those are.
+
     Args:
         folder: where it is.
         keeper: has the shards, whose files in the folder hold their headers alone; None where they are whole.
@@ -92,7 +95,16 @@ def open_checkpoint(folder: Path, keeper: Keeper | None = None) -> Checkpoint:
         checkpoint = _open(folder)
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+    except CheckpointError as error:
+        place = weights_at(folder)
+        if place is None or _has_weights(folder):
+            raise
+        raise CheckpointError(f"{folder} holds no weights: they are on the Hub as {place}, so name that") from error
     return replace(checkpoint, shards=tuple(replace(shard, keeper=keeper) for shard in checkpoint.shards))
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(path.name != DIRECTION_FILE for path in folder.glob("*.safetensors"))
 
 
 def _open(folder: Path) -> Checkpoint:

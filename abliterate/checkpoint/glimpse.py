@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from abliterate.checkpoint.allowance import Thing
 from abliterate.checkpoint.files import OTHER_WEIGHTS
 from abliterate.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from abliterate.checkpoint.keeper import Check, go_on
@@ -53,6 +54,10 @@ class Unfetched:
     def fingerprint(self, name: str) -> str:
         """See `Keeper`."""
         return self.remote.files[name].fingerprint
+
+    def room(self, names: Collection[str]) -> Mapping[Thing, int]:
+        """See `Keeper`; nothing is held."""
+        return {}
 
     def hold(self, names: Collection[str], check: Check = go_on) -> AbstractContextManager[Mapping[str, Path]]:
         """Raises:

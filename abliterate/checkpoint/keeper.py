@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from abliterate.checkpoint.allowance import Thing
     from abliterate.checkpoint.header import Header
 
 Check = Callable[[], None]
@@ -34,6 +35,9 @@ class Keeper(Protocol):
     def size(self, name: str) -> int:
         """Bytes that a shard takes of the limit."""
 
+    def room(self, names: Collection[str]) -> "Mapping[Thing, int]":
+        """What holding these shards takes of an `Allowance`."""
+
     def hold(self, names: Collection[str], check: Check = go_on) -> AbstractContextManager[Mapping[str, Path]]:
         """Has shards on the disk, all at once, for as long as this lasts.
 
@@ -57,10 +61,13 @@ class Keeper(Protocol):
 
 def unfilled(keeper: Keeper | None, folder: Path) -> int:
     """Bytes that shards may still take of the file system that `folder` is on."""
-    if keeper is None:
-        return 0
+    return keeper.unfilled if keeper is not None and shares_disk(keeper, folder) else 0
+
+
+def shares_disk(keeper: Keeper, folder: Path) -> bool:
+    """Whether shards lie on the file system that `folder` is on."""
     place = next(parent for parent in (keeper.place, *keeper.place.parents) if parent.exists())
-    return keeper.unfilled if place.stat().st_dev == folder.stat().st_dev else 0
+    return place.stat().st_dev == folder.stat().st_dev
 
 
 @contextmanager

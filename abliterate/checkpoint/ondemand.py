@@ -9,6 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from abliterate.checkpoint.allowance import Allowance
 from abliterate.checkpoint.carry import repeats_weights
 from abliterate.checkpoint.download import fetch, is_right
 from abliterate.checkpoint.files import open_checkpoint
@@ -27,13 +28,16 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def located(
-    model: str, revision: str | None = None, limit: int | None = None, progress: Progress = SILENT
+    model: str,
+    revision: str | None = None,
+    limit: int | Allowance | None = None,
+    progress: Progress = SILENT,
 ) -> Iterator[Source]:
     """Yields a checkpoint that can be read while this lasts.
 
     Args:
-        limit: bytes of fetched shards that may be on the disk at once; None downloads a model of the Hub whole into the
-            Hub client's cache, as `resolve` does.
+        limit: bytes of fetched shards that may be on the disk at once, or what they share with others; None downloads
+            a model of the Hub whole into the Hub client's cache, as `resolve` does.
 
     Raises:
         CheckpointError: see `resolve`.
@@ -48,16 +52,23 @@ def located(
         log.warning("offline: %s is read from the Hub's cache, and --cache-limit changes nothing", model)
         yield whole(model, revision)
     else:
-        with _on_demand(model, revision, limit, progress) as source:
+        cache = Path(huggingface_hub.constants.HF_HOME) / "abliterate"
+        with on_demand(model, revision, limit, cache, progress) as source:
             yield source
 
 
 @contextmanager
-def _on_demand(model: str, revision: str | None, limit: int, progress: Progress) -> Iterator[Source]:
-    """What was fetched stays for the next run, unless this one comes to its end."""
+def on_demand(
+    model: str, revision: str | None, limit: int | Allowance, cache: Path, progress: Progress
+) -> Iterator[Source]:
+    """`located` for a model of the Hub. What was fetched stays for the next run, unless this one comes to its end.
+
+    Args:
+        cache: the folder where it stays.
+    """
     model_id, wanted = named(model, revision)
     remote = look(model_id, wanted)
-    with _alone(remote) as home:
+    with _alone(remote, cache) as home:
         folder = _folder(remote, home.path / "checkpoint" / model_id.rpartition("/")[2], progress)
         shelf = _shelf(remote, folder, home.path / "shards", limit, progress)
         try:
@@ -79,13 +90,12 @@ def _on_demand(model: str, revision: str | None, limit: int, progress: Progress)
 
 
 @contextmanager
-def _alone(remote: Remote) -> Iterator[WorkFolder]:
+def _alone(remote: Remote, cache: Path) -> Iterator[WorkFolder]:
     """Makes the folder for this commit, and keeps other processes out of it.
 
     Raises:
         CheckpointError: another one is there, or it cannot be made.
     """
-    cache = Path(huggingface_hub.constants.HF_HOME) / "abliterate"
     path = cache / "--".join(["models", *remote.model_id.split("/")]) / remote.commit
     home = WorkFolder(path, path)
     try:
@@ -124,7 +134,7 @@ def _fetch_others(remote: Remote, folder: Path, progress: Progress) -> None:
             fetch(remote, file, path.with_name(f"{path.name}{PARTIAL}"), path, progress, go_on)
 
 
-def _shelf(remote: Remote, folder: Path, place: Path, limit: int, progress: Progress) -> Shelf:
+def _shelf(remote: Remote, folder: Path, place: Path, limit: int | Allowance, progress: Progress) -> Shelf:
     """The shards, those in the Hub client's cache where they are."""
     headers = open_checkpoint(folder).shards
     shards = [Shard(remote.files[header.path.name], header.raw) for header in headers]

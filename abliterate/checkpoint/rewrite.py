@@ -3,8 +3,10 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from abliterate.checkpoint.berths import Berths
 from abliterate.checkpoint.crew import crew, each
 from abliterate.checkpoint.diskio import check_space, disk_errors, new_file, sync, write_all
 from abliterate.checkpoint.extend import TensorCopy, check_copies, extended_header, extended_index
@@ -34,6 +36,7 @@ def rewrite_checkpoint(
     hash_files: bool = True,
     done: Done | None = None,
     skip: Mapping[str, ShardRecord] | None = None,
+    berths: Berths | None = None,
 ) -> tuple[ShardRecord, ...]:
     """Writes every shard, and the index, into the folder `out`; each file has its name only when it is whole.
 
@@ -45,7 +48,8 @@ def rewrite_checkpoint(
         progress: counts bytes read for measuring and bytes written.
         hash_files: take sha256 of every shard, in and out, along the way.
         done: told of every shard that has its name, one at a time and from several threads.
-        skip: shards that are in `out` already, by name: they are left alone, and these are their records.
+        skip: shards that are finished already, by name: they are left alone, and these are their records.
+        berths: where shards do not stay in `out`: the room that each waits for, until somebody has freed another's.
 
     Returns:
         One record a shard, in the order of `checkpoint.shards`.
@@ -54,18 +58,20 @@ def rewrite_checkpoint(
         CheckpointError: an edit or copy does not fit the checkpoint, a tensor to edit is not finite (before or after),
             or a file changed meanwhile. Shards that were done by then stay in `out`.
         EditError: an edit returned another shape or dtype.
-        OutputError: there is too little space, or `out` cannot be written.
+        OutputError: there is too little space (with `berths` nobody looks), or `out` cannot be written.
     """
     _check_edits(checkpoint, edits)
     check_copies(checkpoint, copies)
     records = {shard.path.name: (skip or {}).get(shard.path.name) for shard in checkpoint.shards}
     shards = [shard for shard in checkpoint.shards if records[shard.path.name] is None]
     needed, measured = _bytes(shards, edits, copies)
-    with disk_errors(out, needed), progress.bar("rewrite", needed + measured, "B") as advance:
-        check_space(out, needed)
+    room = min(needed, berths.limit) if berths else needed
+    with disk_errors(out, room), progress.bar("rewrite", needed + measured, "B") as advance:
+        if berths is None:
+            check_space(out, needed)
         count = from_any_thread(advance)
         jobs = [_job(shard, edits, copies, count, hash_files) for shard in shards]
-        for record in _written(jobs, out, done):
+        for record in _written(jobs, out, done, berths):
             records[record.name] = record
         if checkpoint.index is not None:
             _write_index(extended_index(checkpoint, checkpoint.index, copies), out / checkpoint.index.name)
@@ -73,18 +79,19 @@ def rewrite_checkpoint(
     return tuple(record for record in records.values() if record is not None)
 
 
-def _written(jobs: Sequence[ShardJob], out: Path, done: Done | None) -> Iterator[ShardRecord]:
+def _written(jobs: Sequence[ShardJob], out: Path, done: Done | None, berths: Berths | None) -> Iterator[ShardRecord]:
     """The shards as they are done, a few at once."""
     lock = threading.Lock()
     with crew() as workers:
 
         def write(job: ShardJob) -> ShardRecord:
-            record = write_shard(job, out / job.source.path.name, workers)
-            give_back()  # what is left of many small pieces would else grow with the number of shards
-            log.info("wrote %s: %d tensors edited", record.name, record.edited)
-            if done is not None:
-                with lock:
-                    done(record)
+            with berths.at(job.source, job.target.file_size, workers.check) if berths else nullcontext():
+                record = write_shard(job, out / job.source.path.name, workers)
+                give_back()  # what is left of many small pieces would else grow with the number of shards
+                log.info("wrote %s: %d tensors edited", record.name, record.edited)
+                if done is not None:
+                    with lock:
+                        done(record)
             return record
 
         yield from each(workers, AT_ONCE, write, jobs)

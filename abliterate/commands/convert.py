@@ -65,6 +65,12 @@ from abliterate.terminal import echo_json, loading, telling_what_is_left
     metavar="ORG/NAME[@BRANCH]",
     help="Push the result to this repository of the Hub: shards as they are finished, one commit when it holds.",
 )
+@click.option(
+    "--drop-shards",
+    is_flag=True,
+    help="With --push-to and --cache-limit: remove each shard once it is on a branch there, and read it back to be "
+    "proved. OUT then holds all but the weights; neither the base nor the result is ever here whole.",
+)
 @private_option
 @json_option
 @voice_options
@@ -89,6 +95,7 @@ def _convert(
     push_to, private = given["push_to"], given["private"]
     if push_to is None and private is not None:
         raise click.UsageError("--private and --public go with --push-to")
+    _check_dropping(given)
     common: dict[str, Any] = {
         "recipe": recipe_from(given),
         "revision": given["revision"],
@@ -96,6 +103,7 @@ def _convert(
         "options": run_options_from(given),
         "evaluate": not no_evaluate,
         "push_to": destination(push_to, private=private) if push_to is not None else None,
+        "drop_shards": given["drop_shards"],
     }
     patch = given["patch"]
     if given["adapter"]:
@@ -116,14 +124,25 @@ def _convert(
         from abliterate.publish.summary import print_conversion
 
         print_conversion(result.manifest, str(result.folder))
+        if result.weights:
+            click.echo(f"{result.folder} holds everything but the weights; they are on the Hub as {result.weights}")
         if result.pushed:
             click.echo(f"{result.pushed.summary}\n{result.pushed.link}")
     if not result.holds:
         raise AbliterateError(f"certificate failed: {result.certificate.failure}; see {result.folder}")
 
 
+def _check_dropping(given: Mapping[str, Any]) -> None:
+    if not given["drop_shards"]:
+        return
+    for option in (name for name in ("push_to", "cache_limit") if given[name] is None):
+        raise click.UsageError(f"--drop-shards needs --{option.replace('_', '-')}")
+    if given["no_hash"]:
+        raise click.UsageError("--drop-shards knows shards again by the hashes that --no-hash leaves out")
+
+
 def _adapt(model: str, out: Path, as_json: bool, given: Mapping[str, Any], common: Mapping[str, Any]) -> None:
-    others = ("patch", "push_to", "dry_run", "cache_limit")
+    others = ("patch", "push_to", "drop_shards", "dry_run", "cache_limit")
     for option in (f"--{name.replace('_', '-')}" for name in others if given[name]):
         raise click.UsageError(f"{option} does not go with --adapter")
     with loading():

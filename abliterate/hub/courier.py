@@ -1,27 +1,25 @@
 """Shards of a conversion go up as they are finished; the commit waits for the certificate."""
 
 import logging
-import queue
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from abliterate.checkpoint.crew import LOOKS
+from abliterate.checkpoint.berths import Berths
+from abliterate.checkpoint.locate import Source
 from abliterate.checkpoint.rewrite import ShardRecord
-from abliterate.errors import AbliterateError
-from abliterate.hub.explain import client_log
+from abliterate.hub.outbox import Outbox
 from abliterate.hub.parcel import Item, Parcel, item_of, pack
 from abliterate.hub.repository import Repository
 from abliterate.hub.upload import Landed, Upload, client_bars, message_of
-from abliterate.progress import Advance, Progress, unseen
+from abliterate.progress import Progress, unseen
 
 log = logging.getLogger(__name__)
 
 
 class Courier:
-    """A thread that sends files while others are still being written.
+    """Sends files while others are still being written (a `Sender`).
 
     Args:
         upload: to the repository.
@@ -30,27 +28,29 @@ class Courier:
     """
 
     def __init__(self, upload: Upload, progress: Progress, total: int) -> None:
-        self._upload, self._progress, self._total = upload, progress, total
+        self._upload, self._progress = upload, progress
+        self.berths: Berths | None = None
         self._taken: dict[str, Item] = {}
-        self._waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
-        self._stopped = threading.Event()
-        self._ended = threading.Event()
-        self._bar = ExitStack()
-        # A daemon: what ends the process does not wait for gigabytes; the next run finds what had arrived.
-        self._thread = threading.Thread(target=self._run, name="push", daemon=True)
+        self._outbox = Outbox(self._send, _missed, progress, total)
 
     @property
     def repository(self) -> Repository:
         """Where to."""
         return self._upload.repository
 
+    def begin(self, folder: Path, done: Collection[str]) -> None:
+        """See `Sender`."""
+
     def take(self, folder: Path, record: ShardRecord) -> None:
         """Sends a finished shard soon."""
         item = item_of(folder / record.name, record.name, record.sha256_out)
         self._taken[record.name] = item
-        self._waiting.put(item)
-        if not self._thread.is_alive() and not self._ended.is_set():
-            self._thread.start()
+        self._outbox.put(item)
+
+    @contextmanager
+    def arrived(self, folder: Path, records: Sequence[ShardRecord]) -> Iterator[Source]:
+        """See `Sender`; shards are where they were written, and need not have been sent by then."""
+        yield Source(folder, None, None, None)
 
     def deliver(self, folder: Path) -> tuple[Parcel, Landed]:
         """Waits for what was taken, sends the rest, and commits everything.
@@ -62,10 +62,7 @@ class Courier:
             HubError: nothing was committed.
             CheckpointError: it is not fit to be pushed.
         """
-        self._waiting.put(None)
-        while self._thread.is_alive() and not self._ended.wait(LOOKS):
-            pass
-        self._bar.close()
+        self._outbox.finish()
         parcel = pack(folder)
         items = tuple(self._known(item).hashed(unseen) for item in parcel.items)
         parcel = replace(parcel, items=items)
@@ -77,42 +74,18 @@ class Courier:
         taken = self._taken.get(item.name)
         return taken if taken is not None and taken.stamp == item.stamp else item
 
+    def leave(self, folder: Path) -> None:
+        """See `Sender`."""
+
     def stop(self) -> None:
         """No further file is begun."""
-        self._stopped.set()
-        self._bar.close()
+        self._outbox.stop()
 
-    def _run(self) -> None:
-        try:
-            advance = self._bar.enter_context(self._progress.bar("push", self._total, "B"))
-            while (item := self._waiting.get()) is not None and not self._stopped.is_set():
-                self._send(item, advance)
-        except AbliterateError as error:
-            if not self._stopped.is_set():
-                log.warning("%s; the conversion goes on, and sends what is missing in the end", error)
-        finally:
-            self._ended.set()
-
-    def _send(self, item: Item, advance: Advance) -> None:
+    def _send(self, item: Item) -> None:
         if item.sha256 is None:
             item = self._taken[item.name] = item.hashed(unseen)
         self._upload.send([item])
-        advance(item.size)
 
 
-@contextmanager
-def courier(repository: Repository | None, progress: Progress, total: int) -> Iterator[Courier | None]:
-    """Yields who sends to the repository; None where there is none to push to.
-
-    Raises:
-        HubError: the repository cannot be looked at.
-    """
-    if repository is None:
-        yield None
-        return
-    with client_log(), client_bars(False):
-        sender = Courier(Upload(repository, repository.state()), progress, total)
-        try:
-            yield sender
-        finally:
-            sender.stop()
+def _missed(error: Exception) -> None:
+    log.warning("%s; the conversion goes on, and sends what is missing in the end", error)

@@ -1,6 +1,6 @@
 """What is pushed of a folder: the files that its manifest accounts for, once they are what it says."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha1
 from pathlib import Path
@@ -55,12 +55,28 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A file that is in large storage already, and in another commit of the same repository.
+
+    Attributes:
+        name: in the repository. `size`: in bytes. `sha256`: of its content, in hexadecimal.
+        commit: that has it under the same name.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    commit: str
+
+
+@dataclass(frozen=True)
 class Parcel:
     """What is pushed.
 
     Attributes:
         folder: where it is.
         items: in the order of their names.
+        placed: files that are on the Hub already, and not in the folder.
         left_out: names of other files in the folder, which stay.
         manifest: what the folder says of itself.
     """
@@ -69,6 +85,7 @@ class Parcel:
     items: tuple[Item, ...]
     left_out: tuple[str, ...]
     manifest: Mapping[str, Any]
+    placed: tuple[Placed, ...] = ()
 
     @property
     def hashed(self) -> bool:
@@ -91,8 +108,12 @@ def item_of(path: Path, name: str, sha256: str | None = None) -> Item:
     return Item(name, path, status.st_size, sha256, (status.st_ino, status.st_mtime_ns))
 
 
-def pack(folder: Path) -> Parcel:
+def pack(folder: Path, headers: Path | None = None, placed: Sequence[Placed] = ()) -> Parcel:
     """The files of a converted checkpoint, without hashing any.
+
+    Args:
+        headers: the folder that has the checkpoint's headers, where `folder` does not have its shards.
+        placed: the shards then.
 
     Raises:
         CheckpointError: it was not converted by this tool, its certificate failed, or files are missing.
@@ -102,7 +123,7 @@ def pack(folder: Path) -> Parcel:
     manifest = read_manifest(folder)
     _refuse_unsound(folder, manifest)
     try:
-        wanted = set(accounted(manifest, open_checkpoint(folder)))
+        wanted = set(accounted(manifest, open_checkpoint(headers or folder))) - {each.name for each in placed}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST_NAME} is damaged; convert the base model again") from error
     there = {path.relative_to(folder).as_posix(): path for path in files_in(folder) if path.is_file()}
@@ -112,7 +133,7 @@ def pack(folder: Path) -> Parcel:
             f"{folder} lacks files that its manifest accounts for: {some(missing)}; convert the base model again"
         )
     items = tuple(item_of(there[name], name) for name in sorted(wanted))
-    return Parcel(folder, items, tuple(sorted(there.keys() - wanted)), manifest)
+    return Parcel(folder, items, tuple(sorted(there.keys() - wanted)), manifest, tuple(placed))
 
 
 def checked(parcel: Parcel, progress: Progress) -> Parcel:

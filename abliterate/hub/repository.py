@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import RepoFile
 from abliterate.checkpoint.locate import named
 from abliterate.errors import CheckpointError, HubError
 from abliterate.hub.explain import explained, patiently, status_of
-from abliterate.hub.parcel import Item
+from abliterate.hub.parcel import Item, Placed
 
 log = logging.getLogger(__name__)
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
@@ -45,11 +45,13 @@ class Remote:
     sha256: str | None
     git_sha1: str
 
-    def holds(self, item: Item) -> bool:
+    def holds(self, item: Item | Placed) -> bool:
         """Whether it is that file already."""
         if self.size != item.size:
             return False
-        return self.sha256 == item.sha256 if self.sha256 else self.git_sha1 == item.git_sha1()
+        if self.sha256 is not None:
+            return self.sha256 == item.sha256
+        return isinstance(item, Item) and self.git_sha1 == item.git_sha1()
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,32 @@ class Repository:
         files = {entry.path: _remote(entry) for entry in tree if isinstance(entry, RepoFile)}
         return State(info.sha, files)
 
-    def make_branch(self) -> None:
-        """Makes the branch, from main.
+    def on(self, branch: str) -> "Repository":
+        """The same repository on another branch."""
+        return replace(self, destination=replace(self.destination, branch=branch))
+
+    def make_branch(self, start: str | None = None) -> None:
+        """Makes the branch, from main, or from the commit `start`.
+
+        Raises:
+            HubError: the Hub refuses.
+        """
+        branch = self.destination.branch
+        with explained(self.name):
+            patiently(lambda: self.api.create_branch(self.name, branch=branch, revision=start, exist_ok=True))
+
+    def remove_branch(self) -> None:
+        """Removes the branch, if it is there.
 
         Raises:
             HubError: the Hub refuses.
         """
         with explained(self.name):
-            patiently(lambda: self.api.create_branch(self.name, branch=self.destination.branch, exist_ok=True))
+            try:
+                patiently(lambda: self.api.delete_branch(self.name, branch=self.destination.branch))
+            except HfHubHTTPError as error:
+                if status_of(error) != 404:
+                    raise
 
 
 def _remote(entry: RepoFile) -> Remote:

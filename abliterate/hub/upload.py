@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -22,10 +22,11 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 
 from abliterate.errors import HubError
 from abliterate.hub.explain import AGAIN, explained, is_transport, patiently, status_of
-from abliterate.hub.parcel import Item, Parcel
+from abliterate.hub.parcel import Item, Parcel, Placed
 from abliterate.hub.repository import Repository, State
 
 log = logging.getLogger(__name__)
+Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 SMALL = 1_000_000
 """Bytes of a file that is gone before anybody waits for it."""
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -86,32 +87,51 @@ class Upload:
                 free_memory=False,
             )
 
-    def has(self, item: Item) -> bool:
+    def has(self, item: Item | Placed) -> bool:
         """Whether the branch has that very file."""
         remote = self.state.files.get(item.name)
         return remote is not None and remote.holds(item)
 
-    def commit(self, items: Sequence[Item], message: str) -> Landed:
+    def commit(self, items: Sequence[Item], message: str, placed: Sequence[Placed] = ()) -> Landed:
         """Sends what was not sent, and commits everything in one; then asks the Hub for what it has.
+
+        Args:
+            placed: files that go into the same commit and are in another one already; nothing of them is sent.
 
         Raises:
             HubError: nothing was committed, or the message says what else.
         """
         self.send(items)
-        _refuse_changed(items)
-        sent, removed = self.foresee(items)
-        additions = [self._sent[name] for name in sent]
-        self._refuse_ignored(additions)
-        if not additions and not removed and self.state.commit is not None:
-            return Landed(self.state.commit, None, (), ())
         if self._new_branch:
             self.repository.make_branch()
             self.refresh()
-            return self.commit(items, message)
-        info = self._committed(items, [*additions, *map(CommitOperationDelete, removed)], message)
+        sent, removed = self.foresee([*items, *placed])
+        commit, pull = self.record(items, message, removed, placed)
+        return Landed(commit, pull, sent, removed) if sent or removed else Landed(commit, None, (), ())
+
+    def record(
+        self, items: Sequence[Item], message: str, removed: Sequence[str], placed: Sequence[Placed] = ()
+    ) -> tuple[str, str | None]:
+        """Commits files that were sent, and are not there yet, to a branch that is there; see `commit`.
+
+        Args:
+            removed: names of files that go.
+
+        Returns:
+            The commit that has them all, and the address of the pull request, where one was opened.
+        """
+        _refuse_changed(items)
+        additions = [self._sent[item.name] for item in items if not self.has(item)]
+        copies = [_copy(each) for each in placed if not self.has(each)]
+        self._refuse_ignored(additions)
+        if not additions and not copies and not removed and self.state.commit is not None:
+            return self.state.commit, None
+        operations: list[Operation] = [*additions, *copies, *map(CommitOperationDelete, removed)]
+        wanted: list[Item | Placed] = [*items, *placed]
+        info = self._committed(wanted, operations, message)
         commit, pull = (info.oid, info.pr_url) if info else (str(self.repository.state().commit), None)
-        self._check(commit, items)
-        return Landed(commit, pull, sent, removed)
+        self._check(commit, wanted)
+        return commit, pull
 
     def refresh(self) -> None:
         """Looks at the branch again, which others may have changed.
@@ -121,14 +141,14 @@ class Upload:
         """
         self.state = self.repository.state()
 
-    def foresee(self, items: Sequence[Item]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def foresee(self, items: Sequence[Item | Placed]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of files that a commit adds or changes, and of shards that it removes."""
         names = {item.name for item in items}
         old = (name for name in self.state.files if SHARD.fullmatch(name) and name not in names)
         return tuple(item.name for item in items if not self.has(item)), tuple(sorted(old))
 
     def _committed(
-        self, items: Sequence[Item], operations: list[CommitOperationAdd | CommitOperationDelete], message: str
+        self, items: Sequence[Item | Placed], operations: list[Operation], message: str
     ) -> CommitInfo | None:
         """The commit; None where it was made although no answer came."""
         pull = self.repository.destination.create_pr
@@ -157,14 +177,15 @@ class Upload:
                     raise
                 return None
 
-    def _check(self, commit: str, items: Sequence[Item]) -> None:
-        missing = self._missing(self.repository.state(commit), items)
+    def _check(self, commit: str, items: Sequence[Item | Placed]) -> None:
+        self.state = self.repository.state(commit)
+        missing = self._missing(self.state, items)
         if missing:
             raise HubError(
                 f"{self.repository.name} lacks in {commit[:12]} what was pushed: {', '.join(missing[:3])}; {AGAIN}"
             )
 
-    def _missing(self, state: State, items: Iterable[Item]) -> list[str]:
+    def _missing(self, state: State, items: Iterable[Item | Placed]) -> list[str]:
         return [i.name for i in items if i.name not in state.files or not state.files[i.name].holds(i)]
 
     def _refuse_ignored(self, additions: Iterable[CommitOperationAdd]) -> None:
@@ -193,6 +214,10 @@ def _operation(item: Item) -> CommitOperationAdd:
     if item.sha256 is not None:
         operation.upload_info.sha256 = bytes.fromhex(item.sha256)  # the client would take it again
     return operation
+
+
+def _copy(placed: Placed) -> CommitOperationCopy:
+    return CommitOperationCopy(placed.name, placed.name, src_revision=placed.commit)
 
 
 def message_of(parcel: Parcel) -> str:

@@ -89,7 +89,7 @@ def test_what_is_left_is_seen_without_the_certificate(monkeypatch: pytest.Monkey
     def weaker(checkpoint: Checkpoint, plan: Plan, cut: Cut, untie: bool) -> dict[str, Projection]:
         return build_edits(checkpoint, plan, Cut.uniform(cut.main, plan.num_layers, 0.9), untie)
 
-    monkeypatch.setattr("abliterate.conversion.build_edits", weaker)
+    monkeypatch.setattr("abliterate.rewriting.build_edits", weaker)
     assert "does not hold" in run_case(cases()["llama"]).reason
     monkeypatch.setattr("abliterate.certify.certificate.Certificate.holds", True)
     blind = run_case(cases()["llama"])
