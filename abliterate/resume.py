@@ -16,6 +16,7 @@ from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.checkpoint.target import resolved
 from abliterate.checkpoint.workfolder import WorkFolder, in_use
 from abliterate.errors import AbliterateError, HubError, OutputError
+from abliterate.hub.explain import how_to_remove
 from abliterate.identity import what_differs
 from abliterate.journal import Journal, JournalError, read_journal
 from abliterate.progress import SILENT, Progress, from_any_thread
@@ -105,7 +106,7 @@ def _open(
         _refuse_or_say(work, other, overwrite)
         log.warning("what an earlier command left unfinished in %s is removed", work.path)
     if journal is not None and journal.sent_to not in (None, sent.place if sent else None):
-        log.warning("%s has shards that an earlier command sent, and that nobody needs now: remove it", journal.sent_to)
+        log.warning("an earlier command sent shards that nobody needs now: %s", how_to_remove(journal.sent_to))
     if journal is not None and other is None:
         log.warning("continuing a run that was stopped: %s", journal.summary)
     else:

@@ -72,6 +72,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer in two pieces waits 40 ms
 
     def log_message(self, *_args: Any) -> None:
         """Says nothing."""

@@ -54,7 +54,8 @@ class Repository:
     """One model repository.
 
     Attributes:
-        commits: files of each. `branches`: the commit that each name stands for. `log`: commits after the first.
+        commits: files of each. `branches`: the commit that each name stands for. `log`: commits after the first, but
+            for those on branches where shards of a conversion wait.
     """
 
     private: bool
@@ -81,7 +82,8 @@ class Repository:
             self.pulls += 1
             branch = f"refs/pr/{self.pulls}"
         self.branches[branch] = made
-        self.log.append(made)
+        if not branch.startswith("abliterate-work-"):
+            self.log.append(made)
         return made
 
     def add(self, files: Files, salt: str) -> str:

@@ -1,6 +1,7 @@
 """Interrupts pushes at random points and runs the same command again, until each repository is complete.
 
-`python -m tests.interrupts --pushes 20 --converts 10 --seed 0`. An interruption is kill -9 or Ctrl-C, at a moment drawn
+`python -m tests.interrupts --pushes 20 --converts 10 --drops 10 --seed 0`; drops are conversions with `--drop-shards`
+of a model that is on the Hub too. An interruption is kill -9 or Ctrl-C, at a moment drawn
 from what the Hub has seen by then (bytes, requests) or from time alone, or a connection that the Hub cuts in the middle
 of a file or of the commit. `--folder` pushes a checkpoint of yours instead of a pico model.
 """
@@ -24,7 +25,7 @@ from tests.hub_request import BLOCK
 from tests.hub_store import Fault, Store
 from tests.hub_uploads import uploads
 
-NAME = "org/name"
+NAME, MODEL, LIMIT = "org/name", "org/base", 12_000_000
 STILL = "error: "
 CUTS = "PUT /lfs/|PUT /part/|POST .*/commit/|POST .*/preupload/|info/lfs"
 
@@ -47,11 +48,13 @@ class Trial:
 
     Attributes:
         words: the command. `out`: what is to be there in the end. `said`: where messages of the last run are.
+        wanted: the folder that the repository is to hold in the end.
         store: the Hub. `seconds`: what an undisturbed run takes.
     """
 
     words: list[str]
     out: Path
+    wanted: Path
     said: Path
     store: Store
     seconds: float
@@ -81,8 +84,9 @@ class Trial:
 
     def start(self) -> "subprocess.Popen[bytes]":
         self.tally.runs += 1
+        home = {"HF_HOME": str(self.out.parent / "home")} if self.out != self.wanted else {}
         own = {"HF_ENDPOINT": self.store.url, "HF_TOKEN": self.store.token, "HF_HUB_OFFLINE": "0"}
-        environment = {**os.environ, **own, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **own, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", **home}
         command = [sys.executable, "-m", "abliterate", *self.words]
         with self.said.open("wb") as said:
             return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
@@ -129,7 +133,7 @@ class Trial:
         if repository and len(repository.log) > 1:
             self.tally.faults.append(f"{len(repository.log)} commits after {kind}")
         names = {frozenset(repository.files(commit)) for commit in repository.log} if repository else set()
-        wanted = frozenset(self.out.iterdir()) if self.out.exists() else None
+        wanted = frozenset(self.wanted.iterdir()) if self.out.exists() else None
         if wanted is not None and names - {frozenset({".gitattributes", *(path.name for path in wanted)})}:
             self.tally.faults.append(f"half-made after {kind}: {names}")
         last = lines[-1] if lines else ""
@@ -140,10 +144,10 @@ class Trial:
 
     def finish(self) -> None:
         """Complete, to the byte, in one commit, and no file stored twice."""
-        wanted = snapshot(self.out)
+        wanted = snapshot(self.wanted)
         whole = NAME in self.store.repositories and self.store.complete(NAME, wanted)
         commits = len(self.store.repositories[NAME].log) if whole else 0
-        once = set(self.store.stored.values()) <= {1}
+        once = set(self.store.stored.values()) <= {1} and set(self.store.repositories[NAME].branches) == {"main"}
         self.tally.complete += whole and commits == 1 and once
         self.tally.sent += self.store.received
         self.tally.needed += sum(map(len, self.store.large.values()))
@@ -151,7 +155,7 @@ class Trial:
             self.tally.faults.append(f"complete: {whole}, commits: {commits}, stored: {self.store.stored}")
 
 
-def tried(room: Path, folder: Path | None, convert: bool, times: int, seed: int) -> Tally:
+def tried(room: Path, folder: Path | None, kind: str, times: int, seed: int) -> Tally:
     """Pushes, or conversions that push, until that many interruptions have hit."""
     chance, tally, used = random.Random(seed), Tally(), 0
     number = 0
@@ -159,20 +163,26 @@ def tried(room: Path, folder: Path | None, convert: bool, times: int, seed: int)
         number += 1
         with uploads() as store:
             store.slow, store.part_bytes = 0.001, (0, 500_000)[number % 2]
-            words, out = command(room, folder, convert, number)
-            trial = Trial(words, out, room / "said.txt", store, 4.0, chance, tally)
+            words, out, wanted = command(room, folder, kind, number)
+            if kind == "drop":
+                store.serve(MODEL, room / "base")
+            trial = Trial(words, out, wanted, room / "said.txt", store, 4.0, chance, tally)
             used += trial.until_done(times - used)
         print(f"{used} of {times} interruptions, {len(tally.faults)} faults", end="\r", file=sys.stderr, flush=True)
     return tally
 
 
-def command(room: Path, folder: Path | None, convert: bool, number: int) -> tuple[list[str], Path]:
-    """What is run, and the folder that the repository is to hold."""
-    if convert:
+def command(room: Path, folder: Path | None, kind: str, number: int) -> tuple[list[str], Path, Path]:
+    """What is run, what it makes here, and the folder that the repository is to hold."""
+    given = ["--direction", str(room / "r.safetensors"), "--no-evaluate", "--push-to", NAME]
+    if kind == "convert":
         out = room / f"out{number}"
-        given = ["--direction", str(room / "r.safetensors"), "--no-evaluate", "--push-to", NAME]
-        return ["convert", str(room / "base"), str(out), *given], out
-    return ["push", str(folder or room / "converted"), NAME], folder or room / "converted"
+        return ["convert", str(room / "base"), str(out), *given], out, out
+    if kind == "drop":
+        out = room / f"drop{number}" / "out"
+        limit = ["--drop-shards", "--cache-limit", f"{LIMIT}B"]
+        return ["convert", MODEL, str(out), *given, *limit], out, room / "kept" / "out"
+    return ["push", str(folder or room / "converted"), NAME], *[folder or room / "converted"] * 2
 
 
 def prepare(room: Path) -> None:
@@ -183,20 +193,33 @@ def prepare(room: Path) -> None:
     subprocess.run([sys.executable, "-m", "abliterate", *words], check=True)
 
 
+def keep(room: Path) -> None:
+    """What a conversion makes of the same model on the Hub that keeps its shards."""
+    with uploads() as store:
+        store.serve(MODEL, room / "base")
+        words = ["convert", MODEL, str(room / "kept/out"), "--direction", str(room / "r.safetensors"), "--no-evaluate"]
+        own = {"HF_ENDPOINT": store.url, "HF_HOME": str(room / "home"), "HF_HUB_OFFLINE": "0"}
+        settings = {**os.environ, **own, "HF_TOKEN": store.token, "HF_HUB_DISABLE_XET": "1"}
+        subprocess.run([sys.executable, "-m", "abliterate", *words, "-q"], env=settings, check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pushes", type=int, default=20, metavar="TIMES")
     parser.add_argument("--converts", type=int, default=10, metavar="TIMES")
+    parser.add_argument("--drops", type=int, default=10, metavar="TIMES")
     parser.add_argument("--folder", type=Path, help="a converted checkpoint to push (default: a pico model)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     faults = 0
     with tempfile.TemporaryDirectory() as place:
         prepare(Path(place))
-        for kind, times in (("push", given.pushes), ("convert", given.converts)):
+        if given.drops:
+            keep(Path(place))
+        for kind, times in (("push", given.pushes), ("convert", given.converts), ("drop", given.drops)):
             if not times:
                 continue
-            tally = tried(Path(place), given.folder, kind == "convert", times, given.seed)
+            tally = tried(Path(place), given.folder, kind, times, given.seed)
             faults += len(tally.faults)
             print(json.dumps({"command": kind, **vars(tally), "kinds": dict(tally.kinds)}, indent=1))
     sys.exit(1 if faults else 0)

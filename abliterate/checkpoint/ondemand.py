@@ -46,7 +46,8 @@ def located(
     if limit is None:
         yield resolve(model, revision)
     elif (local := find(model, revision)) is not None:
-        log.warning("%s is a folder here: --cache-limit is for models of the Hub, and changes nothing", model)
+        if not isinstance(limit, Allowance):
+            log.warning("%s is a folder here: --cache-limit is for models of the Hub, and changes nothing", model)
         yield local
     elif huggingface_hub.constants.HF_HUB_OFFLINE:
         log.warning("offline: %s is read from the Hub's cache, and --cache-limit changes nothing", model)

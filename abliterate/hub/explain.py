@@ -156,6 +156,11 @@ def _reason(error: BaseException) -> str:
     return one_line(f"{type(cause).__name__}: {without_secrets(said)[:200]}")
 
 
+def how_to_remove(branch: str) -> str:
+    """The command that removes a branch of the Hub, `org/name@branch`."""
+    return f"`hf repos branch delete {branch.replace('@', ' ', 1)}` removes {branch}"
+
+
 class _Forward(logging.Handler):
     """What the client logs, in the tool's own log: addresses without signatures, and only waiting is worth a line."""
 

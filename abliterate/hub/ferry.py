@@ -15,6 +15,7 @@ from abliterate.checkpoint.locate import Source
 from abliterate.checkpoint.ondemand import on_demand
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.checkpoint.workfolder import WorkFolder
+from abliterate.hub.explain import how_to_remove
 from abliterate.hub.outbox import Outbox
 from abliterate.hub.parcel import Item, Parcel, Placed, item_of, pack
 from abliterate.hub.repository import Repository
@@ -114,7 +115,7 @@ class Ferry:
         """
         parcel = pack(folder, self._headers, self._placed)
         parcel = replace(parcel, items=tuple(item.hashed(unseen) for item in parcel.items))
-        with client_bars(self._progress.visible):
+        with client_bars(self._progress.visible), self._branch.noticing():
             upload = Upload(self.repository, self.repository.state())
             landed = upload.commit(parcel.items, message_of(parcel), parcel.placed)
         write_note(folder, self.repository.name, landed.commit)
@@ -124,9 +125,9 @@ class Ferry:
     def leave(self, folder: Path) -> None:
         """What is to be said and noted where the certificate failed: the shards stay where they are."""
         log.warning(
-            "its weights are on %s, and nowhere else; when you have seen enough of them: %s",
+            "its weights are on %s, and nowhere else; once you have seen enough of them, %s",
             self._branch.place,
-            self._branch.how_to_remove,
+            how_to_remove(self._branch.place),
         )
         write_note(folder, self.repository.name, self._placed[0].commit)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.errors import HubError, some
-from abliterate.hub.explain import AGAIN
+from abliterate.hub.explain import AGAIN, how_to_remove
 from abliterate.hub.parcel import Item, Placed
 from abliterate.hub.repository import Repository, State
 from abliterate.hub.upload import Upload
@@ -58,11 +58,6 @@ class WorkBranch:
         """`org/name@branch`."""
         return f"{self._target.name}@{self.name}"
 
-    @property
-    def how_to_remove(self) -> str:
-        """The command for it."""
-        return f"`hf repos branch delete {self._target.name} {self.name}`"
-
     def holds(self, records: Mapping[str, ShardRecord]) -> frozenset[str]:
         """Names of shards that were on the Hub when this was made; where there was no branch, on the one to push to.
 
@@ -76,7 +71,7 @@ class WorkBranch:
         Raises:
             HubError: it did not arrive.
         """
-        with self._noticing():
+        with self.noticing():
             self._upload.send([item])
 
     def add(self, item: Item) -> None:
@@ -114,11 +109,11 @@ class WorkBranch:
         try:
             self._repository.remove_branch()
         except HubError as error:
-            log.warning("%s stays (%s); its files are in the result too: %s", self.place, error, self.how_to_remove)
+            log.warning("%s; all of it is in the result: %s", error, how_to_remove(self.place))
 
     def _commit(self, items: Sequence[Item], what: str, wanted: Collection[str]) -> str:
         """Has these files on the branch, and of all others those that are wanted."""
-        with self._noticing():
+        with self.noticing():
             self._upload.send(items)
             if self._there.commit is None:
                 self._repository.make_branch(self._target.state().commit)
@@ -127,8 +122,12 @@ class WorkBranch:
             return self._upload.record(items, f"abliterate: {what}", strays)[0]
 
     @contextmanager
-    def _noticing(self) -> Iterator[None]:
-        """An error where the branch that was there is gone says that."""
+    def noticing(self) -> Iterator[None]:
+        """An error where the branch that was there is gone says that.
+
+        Raises:
+            HubError: in place of any other.
+        """
         made = self._there.commit is not None
         try:
             yield
