@@ -61,7 +61,7 @@ def test_a_berth_is_kept_until_the_shard_is_gone() -> None:
     with pytest.raises(CheckpointError, match="too little"):
         berth(berths, "b", 60)
     berths.leave("a.safetensors")
-    waiting = threading.Thread(target=berth, args=(berths, "b", 60))
+    waiting = threading.Thread(target=berth, args=(berths, "b", 60), daemon=True)
     waiting.start()
     time.sleep(0.05)
     assert waiting.is_alive()
@@ -95,7 +95,7 @@ def test_nobody_waits_for_one_who_has_given_up() -> None:
 
     berth(berths, "a", 60)
     berths.leave("a.safetensors")
-    waiting = threading.Thread(target=wait)
+    waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
     stopped.set()
     waiting.join(5)

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from abliterate import conversion
+from abliterate.checkpoint import diskio, rewrite
 from abliterate.checkpoint import remote as remote_room
-from abliterate.checkpoint import rewrite
 from abliterate.checkpoint.output import Staging
 from abliterate.edit import projections
 from abliterate.errors import HubError
@@ -352,6 +353,21 @@ def test_what_the_repository_held_before_is_replaced(
     assert found == {**plain, "notes.txt": b"mine"} and set(old.branches) == {"main"}
 
 
+def test_another_branch_than_main(
+    words: list[str], store: Store, plain: dict[str, bytes], written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped once the work branch is gone, a run finds all on the branch that it has pushed to."""
+    there = [f"{NAME}@dev" if word == NAME else word for word in words]
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkBranch, "remove", broken(WorkBranch.remove, 1, after=True))
+        told(run_here(*there), "error: cut")
+    assert set(store.repositories[NAME].branches) == {"main", "dev"}
+    written.clear()
+    assert run_here(*there).code == 0 and not written
+    assert store.complete(NAME, plain, "dev") and store.complete(NAME, {})
+    assert set(store.repositories[NAME].branches) == {"main", "dev"} and set(store.stored.values()) == {1}
+
+
 def test_a_base_that_is_here(words: list[str], store: Store, base: Path, tmp_path: Path) -> None:
     here = [str(base) if word == MODEL else word for word in words]
     with watched(tmp_path) as most:
@@ -365,6 +381,22 @@ def test_a_dry_run_says_it(words: list[str], store: Store, tmp_path: Path) -> No
     ran = run_here(*words, "--dry-run")
     assert ran.code == 0 and "sent to the Hub and not kept" in ran.out and "of the result will be fetched" in ran.out
     assert NAME not in store.repositories and names(tmp_path) == ["home"]
+
+
+def test_only_the_limit_has_to_be_free(
+    words: list[str], store: Store, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def free(count: int) -> None:
+        monkeypatch.setattr(diskio.shutil, "disk_usage", lambda _: SimpleNamespace(free=count))
+
+    free(LIMIT)
+    assert run_here(*words, "--dry-run").code == 0
+    told(run_here(*(word for word in words if word != "--drop-shards"), "--dry-run"), "disk full", "150,000 are free")
+    free(LIMIT - 1)
+    told(run_here(*words, "--dry-run"), f"disk full: {LIMIT:,} bytes are needed")
+    told(run_here(*words), f"disk full: {LIMIT:,} bytes are needed")
+    free(LIMIT)
+    assert run_here(*words).code == 0
 
 
 @pytest.mark.parametrize(
