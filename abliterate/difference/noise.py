@@ -52,7 +52,7 @@ class Noise:
         return ROOM * (math.sqrt(float(self.rows.max())) + math.sqrt(float(self.columns.max())))
 
 
-class Grid:
+class StoredGrid:
     """Follows the blocks of one side's tensor, and says in the end how finely it is really stored.
 
     Values that a coarser dtype holds as well were rounded to that one before, whatever they are stored in now.

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.difference.noise import Grid
+from abliterate.difference.noise import StoredGrid
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 
 
-def grid(dtype: str, values: torch.Tensor, step: int = 7) -> Grid:
-    found = Grid(dtype, *values.shape)
+def grid(dtype: str, values: torch.Tensor, step: int = 7) -> StoredGrid:
+    found = StoredGrid(dtype, *values.shape)
     for first in range(0, len(values), step):
         found.follow(slice(first, first + len(values[first : first + step])), values[first : first + step])
     return found
