@@ -20,6 +20,7 @@ from abliterate.difference.otherfiles import OtherFiles, compare_files
 from abliterate.difference.pairs import Pairing, pair_tensors
 from abliterate.difference.places import Places, places_by_plan, places_by_shape
 from abliterate.difference.removal import (
+    Covectors,
     Removed,
     given_covectors,
     given_outputs,
@@ -131,6 +132,8 @@ def diff(
     if save_direction is not None:
         write_file(Path(save_direction), _direction_file(shared))
     verdict = decide(Findings(pairing, tensors, shared))
+    wanted = _recovered(tensors, places, shared), given_covectors(before, places, cut[1], tensors) if cut else {}
+    lost, lost_of_file = removed(before, after, tensors, places, wanted, progress)
     return Difference(
         base=sources[0].name,
         edited=sources[1].name,
@@ -144,8 +147,8 @@ def diff(
         by_plan=places.plan is not None,
         why_not=why_not,
         shared=shared,
-        removed=_removed(before, after, tensors, places, shared, progress),
-        likeness=_likeness(before, after, tensors, places, shared, cut, progress),
+        removed=lost,
+        likeness=_likeness(before, tensors, places, shared, cut, lost_of_file) if cut else None,
         files=compare_files(before, after),
         claims=_claims(after),
     )
@@ -195,32 +198,22 @@ def _changed_writers(tensors: Sequence[TensorDifference]) -> list[TensorDifferen
     return [tensor for tensor in tensors if tensor.writes and tensor.differs and tensor.rank > 0]
 
 
-def _removed(
-    base: Checkpoint,
-    edited: Checkpoint,
-    tensors: Sequence[TensorDifference],
-    places: Places,
-    shared: Shared | None,
-    progress: Progress,
-) -> tuple[Removed, ...]:
+def _recovered(tensors: Sequence[TensorDifference], places: Places, shared: Shared | None) -> Covectors:
+    """Of the directions that were found; none where no few of them hold the differences."""
     if shared is None or not (shared.one or shared.few):
-        return ()
+        return {}
     basis = shared.direction[None] if shared.one else shared.basis
-    covectors = recovered_covectors(basis, shared.form, tensors, places)
-    return removed(base, edited, tensors, places, covectors, progress)
+    return recovered_covectors(basis, shared.form, tensors, places)
 
 
 def _likeness(
     base: Checkpoint,
-    edited: Checkpoint,
     tensors: Sequence[TensorDifference],
     places: Places,
     shared: Shared | None,
-    named: tuple[str, Cut] | None,
-    progress: Progress,
-) -> Likeness | None:
-    if named is None:
-        return None
+    named: tuple[str, Cut],
+    lost: tuple[Removed, ...],
+) -> Likeness:
     file, cut = named
     outputs = given_outputs(base, places, cut)
     own = sorted(
@@ -228,14 +221,13 @@ def _likeness(
         for t in _changed_writers(tensors)
         if t.out is not None and t.name in outputs and t.out.shape[0] == cut.hidden_size
     )
-    covectors = given_covectors(base, places, cut, tensors)
     return Likeness(
         file=file,
         directions=len(cut.main),
         shared=_along(cut.main, shared),
         least=own[0] if own else None,
         median=own[len(own) // 2] if own else None,
-        removed=removed(base, edited, tensors, places, covectors, progress),
+        removed=lost,
     )
 
 

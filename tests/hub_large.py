@@ -6,7 +6,8 @@ import time
 from math import ceil
 from typing import Any
 
-from tests.hub_request import Answer, Handler, as_json
+from tests.hub_request import Answer, Handler, RefusedError, as_json, in_part
+from tests.hub_store import Blob
 
 
 def batch(on: Handler, name: str, body: bytes) -> Answer:
@@ -51,6 +52,24 @@ def verify(on: Handler, name: str, body: bytes) -> Answer:
     asked = json.loads(body)
     held = on.store.large.get(asked["oid"])
     return as_json({}, 200 if held is not None and len(held) == asked["size"] else 404)
+
+
+def redirected(on: Handler, blob: Blob, commit: str) -> Answer:
+    """What a repository says of a large file: where it is, its name and its size."""
+    facts = {"X-Linked-ETag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.content)), "X-Repo-Commit": commit}
+    where = f"{on.store.cdn}/cdn/{blob.sha256}?signature=s3cr3t"
+    return 302, b"", {"ETag": f'"{blob.git_sha1}"', **facts, "Location": where}
+
+
+def get(on: Handler, oid: str, _body: bytes) -> Answer:
+    """A large file. The address is signed; a token beside that is refused, as the real storage does."""
+    if "authorization" in on.headers or on.query.get("signature") != ["s3cr3t"]:
+        raise RefusedError(400, message="one kind of authorization")
+    answer = in_part(on, on.store.large[oid], {"ETag": f'"{oid}"'})
+    if on.command == "GET":
+        with on.store.lock:
+            on.store.sent += len(answer[1])
+    return answer
 
 
 def xet_token(on: Handler, name: str, _revision: str, _body: bytes) -> Answer:

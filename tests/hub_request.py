@@ -118,6 +118,7 @@ class Handler(BaseHTTPRequestHandler):
                     self._hang_up()
                 self._send(*answer)
                 return
+        self.store.unknown.append(f"{self.command} {path}")
         raise RefusedError(404, message="no such page")
 
     def _send(self, status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
@@ -152,3 +153,14 @@ class Handler(BaseHTTPRequestHandler):
 
 def as_json(value: Any, status: int = 200, **headers: str) -> Answer:
     return status, json.dumps(value).encode(), {"Content-Type": "application/json", **headers}
+
+
+def in_part(on: Handler, content: bytes, headers: dict[str, str]) -> Answer:
+    """A file, or as much of it as was asked for."""
+    headers = {**headers, "Accept-Ranges": "bytes"}
+    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", on.headers.get("range", ""))
+    if not asked:
+        return 200, content, headers
+    first, last = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
+    headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+    return 206, content[first : last + 1], headers

@@ -5,6 +5,7 @@ import re
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class Blob:
     content: bytes
     large: bool
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
@@ -132,7 +133,8 @@ class Store:
         awaited: files that may come by Xet, by sha256. `xorb_bytes`: that came so.
         slow: seconds for every block that comes. `ignored`: names that the .gitignore has.
         large: large files by sha256. `stored`: how often each came whole. `parts`: of files that come in pieces.
-        seen: requests, as `METHOD path`. `received`: bytes of large files, whole or not.
+        seen: requests, as `METHOD path`. `received`: bytes of large files, whole or not. `sent`: the same of answers.
+        unknown: requests that no page answers, of which the real Hub may know more.
     """
 
     url: str = ""
@@ -147,11 +149,18 @@ class Store:
     faults: list[Fault] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
     received: int = 0
+    sent: int = 0
+    unknown: list[str] = field(default_factory=list)
     ignored: str = r"(?!)"
     pace: threading.Event = field(default_factory=threading.Event)
     awaited: dict[str, bytes] = field(default_factory=dict)
     xorb_bytes: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def cdn(self) -> str:
+        """Where large files are fetched from: another host, which is sent no token."""
+        return self.url.replace("127.0.0.1", "localhost")
 
     def fault(self, request: str) -> Fault | None:
         with self.lock:

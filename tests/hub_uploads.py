@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from tests import hub_large as large
-from tests.hub_request import Answer, Handler, RefusedError, as_json
+from tests.hub_request import Answer, Handler, RefusedError, as_json, in_part
 from tests.hub_store import GIT_BYTES, Blob, Files, Repository, Store
 
 
@@ -19,6 +19,11 @@ def _whoami(on: Handler, _body: bytes) -> Answer:
     if not on.authorized():
         raise RefusedError(401, message="Invalid username or password.")
     return as_json({"type": "user", "name": "tester", "orgs": [{"name": "org"}]})
+
+
+def _harnesses(_on: Handler, _body: bytes) -> Answer:
+    """What the client asks for once a day, to say which program it runs in."""
+    return as_json({"standardEnvVars": [], "harnesses": {}})
 
 
 def _create(on: Handler, body: bytes) -> Answer:
@@ -142,19 +147,15 @@ def _resolve(on: Handler, name: str, revision: str, path: str, _body: bytes) -> 
     blob = repository.files(commit).get(path)
     if blob is None:
         raise RefusedError(404, "EntryNotFound", "Entry not found")
-    tag = blob.sha256 if blob.large else blob.git_sha1
-    headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", on.headers.get("range", ""))
-    if not asked:
-        return 200, blob.content, headers
-    first, last = int(asked[1]), min(int(asked[2] or len(blob.content) - 1), len(blob.content) - 1)
-    headers["Content-Range"] = f"bytes {first}-{last}/{len(blob.content)}"
-    return 206, blob.content[first : last + 1], headers
+    if blob.large:
+        return large.redirected(on, blob, commit)
+    return in_part(on, blob.content, {"ETag": f'"{blob.git_sha1}"', "X-Repo-Commit": commit})
 
 
 NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES: dict[str, Callable[..., Answer]] = {
     r"GET /api/whoami-v2": _whoami,
+    r"GET /api/agent-harnesses": _harnesses,
     r"POST /api/repos/create": _create,
     r"POST /api/validate-yaml": _validate,
     rf"GET /api/models/{NAME}": _info,
@@ -169,6 +170,7 @@ ROUTES: dict[str, Callable[..., Answer]] = {
     rf"POST /{NAME}\.git/info/lfs/objects/batch": large.batch,
     r"PUT /lfs/([0-9a-f]+)": large.put,
     r"PUT /part/([0-9a-f]+)/(\d+)": large.put_part,
+    r"GET|HEAD /cdn/([0-9a-f]+)": large.get,
     r"POST /complete/([0-9a-f]+)": large.complete,
     rf"POST /verify/{NAME}": large.verify,
     rf"GET /api/models/{NAME}/xet-write-token/([^/]+)": large.xet_token,

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from abliterate.checkpoint.header import Header, TensorInfo
 from tests import pico
 from tests.commandline import run, run_here, snapshot
 from tests.difference import editing
@@ -47,6 +49,28 @@ def test_json_alone_on_stdout(base: Path, edited: Path, tmp_path: Path) -> None:
     assert found["tensors"]["compared"] == found["tensors"]["same"] + len(changed)
     assert {tensor["rank"] for tensor in changed} == {1}
     assert all(tensor["spectrum"][0] > tensor["edge"] > tensor["spectrum"][1] for tensor in changed)
+
+
+def test_writers_are_read_once_for_what_was_found_and_what_a_file_names(
+    base: Path, edited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from abliterate.certify import weights
+
+    read: list[tuple[Path, str]] = []
+    blocks = weights.iter_blocks
+
+    def noted(home: Header, info: TensorInfo) -> Iterator[tuple[slice, torch.Tensor]]:
+        read.append((home.path, info.name))
+        return blocks(home, info)
+
+    monkeypatch.setattr(weights, "iter_blocks", noted)
+    file = pico.direction_file(tmp_path / "r.safetensors", seed=2)
+    found = json.loads(run_here("diff", base, edited, "--json", "--direction", file).out)
+    recovered, named = found["removed"], found["file"]["removed"]
+    assert [each["tensor"] for each in recovered] == [each["tensor"] for each in named]
+    changed = [pair for pair in zip(recovered, named, strict=True) if pair[0]["changed"]]
+    assert changed and all(one["after"] < 0.01 < two["after"] for one, two in changed)
+    assert len(read) == len(set(read)) == len(recovered) + len(changed)
 
 
 def test_quiet_says_nothing(base: Path, edited: Path) -> None:

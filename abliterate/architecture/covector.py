@@ -46,6 +46,17 @@ def _through(step: Step, covectors: Tensor, read: ReadTensor) -> Tensor:
     return (covectors[:, None, :] * taps.T[None]).reshape(-1, len(weight))
 
 
+def gain_along(path: Path, read: ReadTensor) -> Tensor | None:
+    """The product of the gains of a path [hidden] fp64; None of a path without steps, or where not all are gains."""
+    product: Tensor | None = None
+    for step in path:
+        if step.kind != "scale" or step.tensor is None:
+            return None
+        g = gain_of(step, read(step.tensor))
+        product = g if product is None else product * g
+    return product
+
+
 def gain_of(step: Step, weight: Tensor) -> Tensor:
     """g = offset + w [hidden]."""
     return weight.double().reshape(-1) + step.offset

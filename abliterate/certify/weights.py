@@ -1,6 +1,7 @@
 """The certificate's first part: what the stored writers have along their covectors. No forward pass."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,8 +71,10 @@ def _residual(
     checkpoint: Checkpoint, cut: Cut, writer: Writer, strength: float, covector: Tensor, base: Checkpoint | None
 ) -> WriterResidual:
     dtype = checkpoint.tensors[writer.tensor].dtype
-    after, size = _along(checkpoint, writer, covector)
-    before, size_before = _along(base, writer, covector) if base is not None else (None, math.nan)
+    (after,), size = shares_along(checkpoint, writer, [covector])
+    before, size_before = None, math.nan
+    if base is not None:
+        (before,), size_before = shares_along(base, writer, [covector])
     bound, left = tolerance(dtype, cut.hidden_size, "writer"), 0.0 if strength == 1.0 else None
     if left is None and before is not None and not (cut.keep_norms and strength):
         left = abs(1.0 - strength) * before * (size_before / size if size else 1.0)
@@ -85,23 +88,39 @@ def share_along(checkpoint: Checkpoint, writer: Writer, covector: Tensor) -> flo
     Args:
         covector: v [hidden], or an orthonormal basis [k, hidden].
     """
-    return _along(checkpoint, writer, covector)[0]
+    return shares_along(checkpoint, writer, [covector])[0][0]
 
 
-def _along(checkpoint: Checkpoint, writer: Writer, covector: Tensor) -> tuple[float, float]:
-    """See `share_along`; and ||W||_F."""
-    info, size = checkpoint.tensors[writer.tensor], 1.0 if covector.dim() > 1 else float(covector.norm())
-    covector = covector.reshape(-1, covector.shape[-1])
-    along = torch.zeros((), dtype=torch.float64)
-    square, norm = 0.0, 0.0
-    for rows, block in iter_blocks(checkpoint.shard_of(writer.tensor), info):
+def shares_along(checkpoint: Checkpoint, writer: Writer, covectors: Sequence[Tensor]) -> tuple[list[float], float]:
+    """See `share_along`, of several covectors in one pass over the tensor; and ||W||_F."""
+    parts = [_Part(covector, writer.axis) for covector in covectors]
+    norm = 0.0
+    for rows, block in iter_blocks(checkpoint.shard_of(writer.tensor), checkpoint.tensors[writer.tensor]):
         values = block.double()
         norm += float(values.square().sum())
-        if writer.axis == 0:
-            along = along + torch.tensordot(covector[:, rows], values, dims=1)
-        else:
-            square += float(torch.tensordot(values, covector, dims=([writer.axis], [1])).square().sum())
-    square += float(along.square().sum())
+        for part in parts:
+            part.follow(rows, values)
     if not math.isfinite(norm):
-        return math.nan, math.nan
-    return math.sqrt(square / norm) / size if norm != 0 else 0.0, math.sqrt(norm)
+        return [math.nan] * len(parts), math.nan
+    return [part.share(norm) for part in parts], math.sqrt(norm)
+
+
+class _Part:
+    """What a tensor has along one covector, block after block."""
+
+    def __init__(self, covector: Tensor, axis: int) -> None:
+        self._size = 1.0 if covector.dim() > 1 else float(covector.norm())
+        self._covectors, self._axis = covector.reshape(-1, covector.shape[-1]), axis
+        self._along, self._square = torch.zeros((), dtype=torch.float64), 0.0
+
+    def follow(self, rows: slice, values: Tensor) -> None:
+        """Takes in a block of rows, fp64."""
+        if self._axis == 0:
+            self._along = self._along + torch.tensordot(self._covectors[:, rows], values, dims=1)
+        else:
+            self._square += float(torch.tensordot(values, self._covectors, dims=([self._axis], [1])).square().sum())
+
+    def share(self, norm: float) -> float:
+        """Of a tensor of that squared norm; 0 for zeros."""
+        square = self._square + float(self._along.square().sum())
+        return math.sqrt(square / norm) / self._size if norm != 0 else 0.0

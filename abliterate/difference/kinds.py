@@ -20,6 +20,8 @@ UNIFORM = 0.03
 MOST, HALF = 0.8, 0.5
 RELATED = 0.5
 """Weights of one origin have a larger cosine than that; those of strangers about 0."""
+ADDED = 0.05
+"""From this share of far moves on, small steps were added. Of light training it is 0.07 and more, of rounding 0."""
 KEPT = 0.2
 """Norms were kept where they changed by less than that share of what a projection alone would have done."""
 
@@ -172,10 +174,11 @@ def _plain_projection(found: Findings, strong: Sequence[TensorDifference]) -> Ve
         return Verdict("steering", title, evidence, strength)
     low, high = min(strengths), max(strengths)
     same = f"{directions_of(found)}, " if together else "each matrix its own direction, "
-    title = (
-        f"merged LoRA of projections (as Heretic makes them), or a recipe by layer: rank {ranks(strong)}, {same}"
-        f"strengths {low:.2f} to {high:.2f}"
-    )
+    rows = sum(t.fit is not None and t.fit.form == "rows" for t in strong)
+    # no recipe of this program keeps the lengths of rows; else formula, layers and strengths may be those of both
+    made = "merged LoRA of projections (as Heretic makes them)"
+    made += "" if rows >= MOST * len(strong) else ", or a recipe by layer"
+    title = f"{made}: rank {ranks(strong)}, {same}strengths {low:.2f} to {high:.2f}"
     return Verdict("layered-projection", title, evidence, strength)
 
 
@@ -196,7 +199,8 @@ def _lora(found: Findings) -> Verdict | None:
 
 def _fine_tune(found: Findings) -> Verdict | None:
     full = [tensor for tensor in found.matrices if tensor.state == "full-rank"]
-    if not full or len(full) < HALF * len(found.matrices):
+    light = [tensor for tensor in found.matrices if tensor.far is not None and tensor.far >= ADDED]
+    if not full or len(full) + len(light) < HALF * len(found.matrices):
         return None
     noise = [tensor.tail for tensor in full if tensor.tail is not None]
     said = [
@@ -207,21 +211,28 @@ def _fine_tune(found: Findings) -> Verdict | None:
         if noise
         else "",
     ]
+    if light:
+        said.append(f"in {len(light)} more, small weights alone moved further than rounding moves them")
     if found.vectors:
         said.append(f"{len(found.vectors)} vectors (norms, biases) changed too")
     title = f"fine-tuned: full-rank differences in {coverage(full)}"
     return Verdict("fine-tune", title, (*filter(None, said), *where(full)))
 
 
-def _rounding(found: Findings) -> Verdict | None:
+def _below_rounding(found: Findings) -> Verdict | None:
     if not found.matrices or any(tensor.state != "rounding" for tensor in found.matrices) or not found.complete:
         return None
-    said = (
-        f"{len(found.matrices)} matrices differ, none by more than rounding of both sides can do, and no singular "
-        "value stands out",
-        "weights that were stored anew through another format do so, and so does a fine-tune with very small steps",
+    said = f"{len(found.matrices)} matrices differ, none as a whole by more than rounding of both sides can do"
+    far = statistics.median(tensor.far or 0.0 for tensor in found.matrices)
+    moved = f"of the weights that changed, {percent([far])} moved by more than two of their own steps"
+    if far < ADDED:
+        why = f"{moved}: so it is where weights were stored anew through another format"
+        return Verdict("rounding", "differences no larger than rounding", (said, why))
+    why = (
+        f"{moved}: rounding moves a weight by a share of itself, what is added moves small weights as far as large ones"
     )
-    return Verdict("rounding", "differences no larger than rounding", said)
+    title = "fine-tuned by very small steps: below rounding in all but small weights"
+    return Verdict("fine-tune", title, (said, why, "of which rank they are, rounding hides", *where(found.matrices)))
 
 
 def _only_vectors(found: Findings) -> Verdict | None:
@@ -256,5 +267,5 @@ def _strongly(strength: float) -> str:
 
 
 _RULES: Sequence[Callable[[Findings], Verdict | None]] = (
-    _different, _identical, _only_vectors, _vocabulary, _quantised, _projection, _lora, _rounding, _fine_tune,
+    _different, _identical, _only_vectors, _vocabulary, _quantised, _projection, _lora, _below_rounding, _fine_tune,
 )  # fmt: skip

@@ -5,6 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from abliterate.difference.matrix import PairMatrix, is_comparable
+from abliterate.difference.noise import far_moves
 from abliterate.difference.places import Place
 from abliterate.difference.projecting import Form, fit
 from abliterate.difference.resembling import own_rank
@@ -79,9 +80,11 @@ def _spectral(
     weights = _weights(matrix, place, found)
     along, across = (1, 0) if matrix.stream_is_rows else (0, 1)
     fitted = fit(matrix, out, image, weights, (found.row_norms, found.column_norms)[along])
+    state = _state(matrix, rank, least, left, found)
     return replace(
         known,
-        state=_state(matrix, rank, least, left, found),
+        state=state,
+        far=_far(matrix, found) if state == "rounding" else None,
         rank=rank,
         rank_is_least=least,
         edge=found.noise.edge,
@@ -115,6 +118,11 @@ def _state(matrix: PairMatrix, rank: int, least: bool, left: float, found: Surve
     if rank == 0:
         return "rounding" if quiet else "full-rank"
     return "low-rank" if quiet and not least and rank <= min(matrix.shape) // 4 else "full-rank"
+
+
+def _far(matrix: PairMatrix, found: Survey) -> float:
+    moves = (far_moves(block.base.float(), block.edited.float(), found.grids) for block in matrix.blocks())
+    return sum(moves) / found.changed
 
 
 def _stream_side(matrix: PairMatrix, seen: Sketch, rank: int) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,10 @@ ROOM = 1.25
 """Over the bound, for small matrices, and for rounding that a few rows pay for so that nothing comes back along r."""
 COARSER = {"BF16": torch.bfloat16, "F16": torch.float16}
 EXPONENT = 0x7F800000
+STEPS = 2.0
+"""Rounding of both sides moves a weight by one step at most; the other is for rounding in between."""
+FINEST = 2.0**-24
+"""The step of fp16 next to 0, which may be what was in between: moves of less than two of these are not counted."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Noise:
         return ROOM * (math.sqrt(float(self.rows.max())) + math.sqrt(float(self.columns.max())))
 
 
-class Grid:
+class StoredGrid:
     """Follows the blocks of one side's tensor, and says in the end how finely it is really stored.
 
     Values that a coarser dtype holds as well were rounded to that one before, whatever they are stored in now.
@@ -81,6 +85,20 @@ class Grid:
         """Of rounding to that dtype."""
         share = 4.0 ** -MANTISSA[self.dtype] / 12
         return Noise(self._rows * share, self._columns * share)
+
+
+def far_moves(before: Tensor, after: Tensor, dtypes: tuple[str, str]) -> int:
+    """How many weights moved further than rounding of both sides, to these dtypes, can have moved them.
+
+    Rounding moves a weight by a share of itself. What training or an adapter adds does not ask how large a weight is:
+    of small weights it moves many by more than their own steps, however little it adds.
+
+    Args:
+        before, after: fp32, of any shape.
+    """
+    share = STEPS * 2.0 ** -min(MANTISSA[name] for name in dtypes)
+    moved, size = (after - before).abs(), _leading(before.abs().maximum(after.abs()))
+    return int((moved > (share * size).clamp_min_(STEPS * FINEST)).sum())
 
 
 def _leading(values: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from abliterate.architecture.covector import gain_of
-from abliterate.architecture.writer import Plan, Writer
+from abliterate.architecture.covector import gain_along
+from abliterate.architecture.writer import Plan
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.read import read_tensor
 
@@ -61,7 +62,7 @@ def places_by_plan(checkpoint: Checkpoint, plan: Plan) -> Places:
     found = {role.name: _by_role(checkpoint, role.name, role.role, plan.hidden_size) for role in plan.roles}
     for writer in plan.writers:
         role = "embedding" if writer.tensor == plan.embedding else "writer"
-        gain = _gain(checkpoint, writer)
+        gain = gain_along(writer.gain, partial(_read, checkpoint))
         found[writer.tensor] = Place(role, writer.axis, writer.kind, writer.layer, gain)
     return Places(found, plan.hidden_size, plan.embedding, plan.head, plan)
 
@@ -74,14 +75,8 @@ def _by_role(checkpoint: Checkpoint, name: str, role: str, hidden: int) -> Place
     return Place(known, axes[-1] if axes and role in ("reader", "head") and len(shape) > 1 else 0)
 
 
-def _gain(checkpoint: Checkpoint, writer: Writer) -> Tensor | None:
-    product: Tensor | None = None
-    for step in writer.gain:
-        if step.kind != "scale" or step.tensor is None:
-            return None
-        g = gain_of(step, read_tensor(checkpoint.shard_of(step.tensor), checkpoint.tensors[step.tensor]))
-        product = g if product is None else product * g
-    return product
+def _read(checkpoint: Checkpoint, name: str) -> Tensor:
+    return read_tensor(checkpoint.shard_of(name), checkpoint.tensors[name])
 
 
 def places_by_shape(checkpoint: Checkpoint) -> Places:

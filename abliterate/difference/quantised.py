@@ -29,7 +29,7 @@ EVEN = (0.2, 0.4)
 
 
 @dataclass(frozen=True)
-class Grid:
+class Quantiser:
     """A way to quantise: bits, size of groups, and whether levels are spread from the least to the largest value."""
 
     bits: int
@@ -44,7 +44,7 @@ class Grid:
         return step
 
 
-GRIDS = tuple(Grid(bits, size, spread) for bits in BITS for size in SIZES for spread in (False, True))
+QUANTISERS = tuple(Quantiser(bits, size, spread) for bits in BITS for size in SIZES for spread in (False, True))
 
 
 class Levels:
@@ -52,7 +52,7 @@ class Levels:
 
     def __init__(self) -> None:
         self._most, self._base, self._groups = 0, 0.0, 0
-        self._errors = dict.fromkeys(GRIDS, (0.0, 0))
+        self._errors = dict.fromkeys(QUANTISERS, (0.0, 0))
 
     def follow(self, base: Tensor, edited: Tensor, difference: Tensor) -> None:
         """Takes in a block [rows, columns]."""
@@ -63,10 +63,10 @@ class Levels:
         self._most = max(self._most, int(distinct[1].max()))
         self._groups += len(distinct[0])
         left = {}
-        for grid, (square, count) in self._errors.items():
-            found = _errors(grid, base, difference)
+        for way, (square, count) in self._errors.items():
+            found = _errors(way, base, difference)
             if found is not None:
-                left[grid] = square + found[0], count + found[1]
+                left[way] = square + found[0], count + found[1]
         self._errors = left
 
     @property
@@ -74,21 +74,21 @@ class Levels:
         """None where it does not look so, or nothing was seen."""
         if not self._groups:
             return None
-        for grid, (square, count) in self._errors.items():
+        for way, (square, count) in self._errors.items():
             if count and EVEN[0] <= (square / count) ** 0.5 <= EVEN[1]:
-                return grid.bits
+                return way.bits
         if self._base / self._groups < MANY:
             return None
         return next((bits for bits, levels in FEW.items() if self._most <= levels), None)
 
 
-def _errors(grid: Grid, base: Tensor, difference: Tensor) -> tuple[float, int] | None:
+def _errors(way: Quantiser, base: Tensor, difference: Tensor) -> tuple[float, int] | None:
     """The sum of the groups' mean squares in steps, and of how many groups; None where an error is too large."""
-    size = grid.size or base.shape[1]
+    size = way.size or base.shape[1]
     if base.shape[1] % size:
         return None
     groups, errors = _sampled(base, size), _sampled(difference, size)
-    step = grid.step(groups)
+    step = way.step(groups)
     there = step[:, 0] > 0
     groups, errors, step = groups[there], errors[there], step[there]
     if bool((errors.abs() > HALF * step + STORING * groups.abs().amax(1, keepdim=True)).any()):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from abliterate.architecture.writer import Writer
-from abliterate.certify.weights import share_along
+from abliterate.certify.weights import shares_along
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.difference.places import Places
 from abliterate.difference.projecting import Form
@@ -40,22 +40,28 @@ def removed(
     edited: Checkpoint,
     tensors: Sequence[TensorDifference],
     places: Places,
-    covectors: Covectors,
+    wanted: Sequence[Covectors],
     progress: Progress,
-) -> tuple[Removed, ...]:
-    """Measures every writer that has a covector, on the stored bytes; of one that is the same, once."""
-    found = []
-    with progress.bar("along the direction", len(tensors), "tensor") as advance:
-        for tensor in tensors:
+) -> list[tuple[Removed, ...]]:
+    """Measures every writer that has a covector, on the stored bytes, for each of several directions.
+
+    A writer is read once on each side, however many directions there are; one that is the same, on one side.
+    """
+    found: list[list[Removed]] = [[] for _ in wanted]
+    writers = [t for t in tensors if t.writes and t.state != "incomparable" and any(t.name in each for each in wanted)]
+    with progress.bar("along the direction", len(writers), "tensor") as advance:
+        for tensor in writers:
+            numbers = [number for number, covectors in enumerate(wanted) if tensor.name in covectors]
+            along = [wanted[number][tensor.name] for number in numbers]
+            axis = places.of(tensor.name).axis
+            before, _ = shares_along(base, Writer(tensor.name, "writer", axis, None), along)
+            after = before
+            if tensor.state != "same":
+                after, _ = shares_along(edited, Writer(tensor.other, "writer", axis, None), along)
+            for number, one, other in zip(numbers, before, after, strict=True):
+                found[number].append(Removed(tensor.name, tensor.differs, one, other))
             advance()
-            if tensor.writes and tensor.name in covectors and tensor.state != "incomparable":
-                writer = Writer(tensor.name, "writer", places.of(tensor.name).axis, None)
-                v = covectors[tensor.name]
-                before = share_along(base, writer, v)
-                there = Writer(tensor.other, "writer", writer.axis, None)
-                after = share_along(edited, there, v) if tensor.state != "same" else before
-                found.append(Removed(tensor.name, tensor.differs, before, after))
-    return tuple(found)
+    return list(map(tuple, found))
 
 
 def recovered_covectors(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from abliterate.difference.matrix import Block, PairMatrix
-from abliterate.difference.noise import Grid, Noise
+from abliterate.difference.noise import Noise, StoredGrid
 from abliterate.difference.quantised import Levels
 
 CASTS = {
@@ -77,7 +77,8 @@ class Surveyor:
 
     def __init__(self, matrix: PairMatrix) -> None:
         rows, columns = matrix.shape
-        self._grids = Grid(matrix.pair.base.dtype, rows, columns), Grid(matrix.pair.edited.dtype, rows, columns)
+        pair = matrix.pair
+        self._grids = StoredGrid(pair.base.dtype, rows, columns), StoredGrid(pair.edited.dtype, rows, columns)
         self._rows = torch.zeros(2, rows, dtype=torch.float64)
         self._columns = torch.zeros(2, columns, dtype=torch.float64)
         self._down, self._up = dict(CASTS), dict(CASTS)

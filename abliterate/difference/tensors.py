@@ -23,6 +23,8 @@ class TensorDifference:
             rounding (nothing that rounding does not explain), vector (of one dimension), incomparable (no real
             numbers, or not finite).
         relative: ||D||_F / ||W||_F. `cosine`: of W and W + D. `changed`: share of elements. `largest`: absolute.
+        far: where `state` is rounding, the share of the changed elements that moved further than rounding can move a
+            weight of their size, as small ones do where small steps were added to all; None of other states.
         rank: singular values above the edge; at least so many where `rank_is_least`.
         edge: the largest singular value that rounding of both sides can make.
         spectrum: the largest singular values.
@@ -48,6 +50,7 @@ class TensorDifference:
     changed: float = 0.0
     changed_rows: int = 0
     largest: float = 0.0
+    far: float | None = None
     rank: int = 0
     rank_is_least: bool = False
     edge: float = 0.0

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from abliterate.architecture.covector import gain_of, pull_back
+from abliterate.architecture.covector import gain_along, pull_back
 from abliterate.architecture.writer import Path, Plan, Writer
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.read import iter_blocks, read_tensor
@@ -56,16 +56,8 @@ class Projectors:
     def _make(self, skip: Path, gain: Path) -> Projector:
         covectors = self.along(skip)
         if len(covectors) == 1 and all(step.kind == "scale" for step in gain):
-            return make_projector(covectors[0], self._gain(gain))
+            return make_projector(covectors[0], gain_along(gain, self._read))
         return span_projector(pull_back(covectors, gain, self._read))
-
-    def _gain(self, gain: Path) -> Tensor | None:
-        product: Tensor | None = None
-        for step in gain:
-            assert step.tensor is not None
-            g = gain_of(step, self._read(step.tensor))
-            product = g if product is None else product * g
-        return product
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._checkpoint.shard_of(name), self._checkpoint.tensors[name])

@@ -107,7 +107,7 @@ def test_heretics_loras(base: Path, tmp_path: Path, own: bool, rows: bool) -> No
     )
     uneven = editing.changed(base, tmp_path / "b", _uneven)
     found = named(uneven, editing.changed(uneven, tmp_path / "e", change), "layered-projection")
-    assert "LoRA" in found.verdict.title
+    assert "LoRA" in found.verdict.title and ("recipe" in found.verdict.title) is not rows
     strengths = {t.name: t.fit.strength for t in found.tensors if t.fit}
     wanted = {name: 0.5 + 0.2 * int(name.split(".")[2]) + 0.1 * ("o_proj" in name) for name in strengths}
     assert strengths == pytest.approx(wanted, abs=0.1)
@@ -135,6 +135,37 @@ def test_a_learned_lora(base: Path, tmp_path: Path, rank: int) -> None:
 def test_a_fine_tune(base: Path, tmp_path: Path) -> None:
     found = named(base, editing.changed(base, tmp_path / "e", editing.tuned()), "fine-tune")
     assert not any(tensor.state == "same" for tensor in found.tensors)
+
+
+LIGHT = {torch.bfloat16: 2e-4, torch.float16: 2e-5}
+"""Steps beside the size of weights: about a twentieth of those of the dtype."""
+
+
+@pytest.mark.parametrize("dtype", LIGHT, ids=str)
+def test_a_fine_tune_below_rounding(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = pico.save(tmp_path / "b", "llama", dtype=dtype, tied=False, **WIDE)
+    found = named(base, editing.changed(base, tmp_path / "e", editing.tuned(LIGHT[dtype])), "fine-tune")
+    assert "very small steps" in found.verdict.title
+    assert {tensor.state for tensor in found.tensors if tensor.differs} <= {"rounding", "vector"}
+
+
+def test_a_fine_tune_below_rounding_in_most(tmp_path: Path) -> None:
+    base = pico.save(tmp_path / "b", "llama", dtype=torch.bfloat16, tied=False, **WIDE)
+    strong, light = editing.tuned(), editing.tuned(LIGHT[torch.bfloat16])
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return (strong if "layers.1." in name else light)(name, weight)
+
+    found = named(base, editing.changed(base, tmp_path / "e", change), "fine-tune")
+    assert "layers 1)" in found.verdict.title and "small weights alone" in " ".join(found.verdict.evidence)
+
+
+@pytest.mark.parametrize("dtype", LIGHT, ids=str)
+def test_weights_that_were_stored_anew(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = pico.save(tmp_path / "b", "llama", dtype=dtype, tied=False, **WIDE)
+    edited = editing.changed(base, tmp_path / "e", lambda _, weight: (weight * 1.1).to(dtype).float() / 1.1)
+    found = named(base, edited, "rounding")
+    assert {tensor.far for tensor in found.tensors if tensor.state == "rounding"} == {0.0}
 
 
 def test_another_model(base: Path, tmp_path: Path) -> None:

@@ -25,13 +25,18 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """The Hub; the client waits for nothing, and sends without Xet, which the server does not speak."""
+    """The Hub."""
     with uploads() as store:
-        monkeypatch.setattr(constants, "ENDPOINT", store.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", store.token)
+        reach(store, monkeypatch)
         yield store
+
+
+def reach(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process takes it for the real one, and sends without Xet, which the server does not speak."""
+    monkeypatch.setattr(constants, "ENDPOINT", store.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", store.token)
 
 
 @pytest.fixture

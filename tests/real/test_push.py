@@ -5,30 +5,38 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.commandline import snapshot
-from tests.hub.conftest import settings
+import pytest
+
+from tests.commandline import run_here, snapshot
+from tests.hub.conftest import reach, settings
 from tests.hub_uploads import uploads
 from tests.real.support import Converted
 
+NAME = "org/answering"
 ASK = """
-import sys, json
-from transformers import pipeline
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
 chat = [{"role": "user", "content": "What is the capital of France?"}]
-said = [pipeline("text-generation", name)(chat, max_new_tokens=12, do_sample=False) for name in sys.argv[1:]]
-print(json.dumps([answer[0]["generated_text"][-1]["content"] for answer in said]))
+asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+said = model.generate(**asked, max_new_tokens=8, do_sample=False)
+print(tokenizer.decode(said[0, asked["input_ids"].shape[1] :]))
 """
 
 
-def test_a_pushed_model_answers_as_the_files_do(converted: Converted, tmp_path: Path) -> None:
+def test_what_is_pulled_is_what_was_pushed_and_answers(
+    converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = snapshot(converted.folder)
     with uploads() as hub:
-        environment = settings(hub, tmp_path)
-        words = [sys.executable, "-m", "abliterate", "push", str(converted.folder), "org/answering", "--json"]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["private"] is True
-        assert hub.complete("org/answering", snapshot(converted.folder))
-        asked = [sys.executable, "-c", ASK, "org/answering", str(converted.folder)]
-        said = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stderr
-    pulled, local = json.loads(said.stdout)
-    assert pulled == local and "Paris" in pulled
+        reach(hub, monkeypatch)
+        ran = run_here("push", converted.folder, NAME, "--json")
+        assert ran.code == 0 and json.loads(ran.out)["private"] is True, ran.err
+        assert hub.complete(NAME, files)
+        words = [sys.executable, "-c", ASK, NAME]
+        said = subprocess.run(words, env=settings(hub, tmp_path), capture_output=True, text=True, check=False)
+    assert said.returncode == 0 and "Paris" in said.stdout, said.stdout + said.stderr
+    (pulled,) = tmp_path.glob("hub/models--org--answering/snapshots/*")
+    fetched = snapshot(pulled)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= fetched.keys()
+    assert all(content == files[name] for name, content in fetched.items())

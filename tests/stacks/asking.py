@@ -21,13 +21,9 @@ MAX_NEW_TOKENS = 48 if EVERYTHING else 20
 HARMFUL, HARMLESS = (64, 16) if EVERYTHING else (12, 3)
 QUESTION, ANSWER = "What is the capital of Japan?", "Tokyo"
 LIMIT = 850
-ALONE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
+ALONE = {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+"""No stack tells anybody."""
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """No stack looks for anything outside."""
 
 
@@ -41,6 +37,11 @@ class Questions:
 
     instructions: tuple[str, ...]
     prompts: tuple[tuple[int, ...], ...]
+
+    @property
+    def harmless(self) -> "Questions":
+        """Those alone that any model may answer."""
+        return Questions(self.instructions[HARMFUL:], self.prompts[HARMFUL:])
 
     @property
     def request(self) -> str:
@@ -117,11 +118,16 @@ def _leading(one: Sequence[int], other: Sequence[int]) -> int:
     return next((count for count, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def ask(stack: Stack, model: Path, asked: Questions) -> Answers:
-    """Greedy answers of the stack, in a process of its environment; they stay in memory."""
+def ask(stack: Stack, model: Path | str, asked: Questions, hub: Mapping[str, str] | None = None) -> Answers:
+    """Greedy answers of the stack, in a process of its environment; they stay in memory.
+
+    Args:
+        model: a folder, or a repository's name. `hub`: variables that say where that is; None allows no Hub.
+    """
     words = [stack.python, str(DRIVERS / f"{stack.driver}.py"), str(model), stack.form]
+    environment = {**os.environ, **ALONE, **(OFFLINE if hub is None else hub)}
     done = subprocess.run(
-        words, input=asked.request, capture_output=True, text=True, timeout=LIMIT, env={**os.environ, **ALONE}
+        words, input=asked.request, capture_output=True, text=True, timeout=LIMIT, env=environment, check=False
     )
     assert done.returncode == 0, f"{stack}: {done.stderr[-3000:]}"
     return _read(json.loads(done.stdout))

@@ -12,7 +12,9 @@ from tests.real.support import built, converted_once
 from tests.stacks.asking import Agreement, Answers, Questions, agreement, ask, questions
 from tests.stacks.stacks import EVERYTHING, REFERENCE, STACKS, Stack, to_gguf
 
-ROW = "stack"
+ROW, PULLED = "stack", "pulled"
+TABLES = {ROW: "inference stacks", PULLED: "pushed to a Hub, pulled from it, and served"}
+"""What tests record rows of, and what the tables are called."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -48,16 +50,30 @@ class Served:
             "weights": self.stack.form,
             "refused before": _percent(self.base),
             "refused after": _percent(self.converted),
-            "same first token": f"{_share(before, 1)} → {_share(alike, 1)}",
-            "same first 16": f"{_share(before, 16)} → {_share(alike, 16)}",
+            "same first token": f"{share(before, 1)} → {share(alike, 1)}",
+            "same first 16": f"{share(before, 16)} → {share(alike, 16)}",
             "leading tokens": f"{before.mean:.1f} → {alike.mean:.1f}",
-            "load + answer, s": " + ".join(f"{self.converted.seconds[key]:.0f}" for key in ("load", "answer")),
-            "versions": ", ".join(f"{name} {version}" for name, version in self.converted.versions.items()),
+            **effort(self.converted),
         }
 
 
-def _share(found: Agreement, count: int) -> str:
+def share(found: Agreement, count: int) -> str:
+    """Of answers with the same first tokens, for a table."""
     return f"{100 * found.first(count):.0f} %"
+
+
+def effort(answers: Answers) -> Mapping[str, str]:
+    """What it took, and of which versions, for a table."""
+    return {
+        "load + answer, s": " + ".join(f"{answers.seconds[key]:.0f}" for key in ("load", "answer")),
+        "versions": ", ".join(f"{name} {version}" for name, version in answers.versions.items()),
+    }
+
+
+def needed(stack: Stack) -> None:
+    """Ends the test where a stack is not there: as skipped, or as failed where every one has to be."""
+    if stack.missing is not None:
+        (pytest.fail if EVERYTHING else pytest.skip)(stack.missing)
 
 
 def _percent(answers: Answers) -> str:
@@ -103,20 +119,21 @@ def served(
 ) -> Served:
     """One stack after the other."""
     stack: Stack = request.param
-    if stack.missing is not None:
-        (pytest.fail if EVERYTHING else pytest.skip)(stack.missing)
+    needed(stack)
     before, after = answers(stack, subject), answers(stack, converted)
     alike = [agreement(found, answers(REFERENCE, of)) for found, of in ((before, subject), (after, converted))]
     return Served(stack, before, after, alike[1], alike[0])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table, as docs/serving.md has it."""
+    """The tables, as docs/serving.md has them."""
     reports = [each for found in terminalreporter.stats.values() for each in found if hasattr(each, "user_properties")]
-    rows = [row for report in reports for key, row in report.user_properties if key == ROW and report.when == "call"]
-    if rows:
-        terminalreporter.section("inference stacks")
-        terminalreporter.line(f"| {' | '.join(rows[0])} |")
-        terminalreporter.line(f"|{'---|' * len(rows[0])}")
-        for row in rows:
-            terminalreporter.line(f"| {' | '.join(row.values())} |")
+    recorded = [pair for report in reports if report.when == "call" for pair in report.user_properties]
+    for name, title in TABLES.items():
+        rows = [row for key, row in recorded if key == name]
+        if rows:
+            terminalreporter.section(title)
+            terminalreporter.line(f"| {' | '.join(rows[0])} |")
+            terminalreporter.line(f"|{'---|' * len(rows[0])}")
+            for row in rows:
+                terminalreporter.line(f"| {' | '.join(row.values())} |")

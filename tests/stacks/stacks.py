@@ -57,14 +57,16 @@ ALIKE = (16, 0.95)
 ROUNDED = (4, 0.6)
 """The same weights to 8 bits of mantissa; 4 bits leave of a model this small the first word at best."""
 REFERENCE = Stack("transformers", "run_transformers", None, "float32", ALIKE, quick=True)
+VLLM_SERVER = Stack("vLLM server", "run_vllm_server", "vllm", "float32", ALIKE)
+LLAMA_CPP = Stack("llama.cpp", "run_llama_cpp", "llama-cpp", "F32", ALIKE, quick=True)
 STACKS = (
     REFERENCE,
     Stack("transformers", "run_transformers", None, "bfloat16", ROUNDED),
     Stack("pipeline", "run_pipeline", None, "float32", ALIKE, quick=True),
     Stack("vLLM", "run_vllm", "vllm", "float32", ALIKE),
     Stack("vLLM", "run_vllm", "vllm", "bfloat16", ROUNDED),
-    Stack("vLLM server", "run_vllm_server", "vllm", "float32", ALIKE),
-    Stack("llama.cpp", "run_llama_cpp", "llama-cpp", "F32", ALIKE, quick=True),
+    VLLM_SERVER,
+    LLAMA_CPP,
     Stack("llama.cpp", "run_llama_cpp", "llama-cpp", "Q8_0", ROUNDED, quick=True),
     Stack("llama.cpp", "run_llama_cpp", "llama-cpp", "Q4_K_M", (1, 0.4), quick=True),
     Stack("OpenVINO", "run_openvino", "openvino", "float32", ALIKE),
