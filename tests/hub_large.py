@@ -65,7 +65,7 @@ def get(on: Handler, oid: str, _body: bytes) -> Answer:
     """A large file. The address is signed; a token beside that is refused, as the real storage does."""
     if "authorization" in on.headers or on.query.get("signature") != ["s3cr3t"]:
         raise RefusedError(400, message="one kind of authorization")
-    answer = in_part(on, on.store.large[oid], {"ETag": f'"{oid}"'})
+    answer = in_part(on, on.store.find(oid), {"ETag": f'"{oid}"'})
     if on.command == "GET":
         with on.store.lock:
             on.store.sent += len(answer[1])

@@ -175,6 +175,14 @@ class Store:
         )
         return made
 
+    def find(self, oid: str) -> bytes:
+        """A large file, whether it was sent or was there from the beginning."""
+        with self.lock:
+            if oid in self.large:
+                return self.large[oid]
+            commits = [files for one in self.repositories.values() for files in one.commits.values()]
+        return next(b.content for files in commits for b in files.values() if b.large and b.sha256 == oid)
+
     def complete(self, name: str, wanted: dict[str, bytes], revision: str = "main") -> bool:
         """Whether a repository holds those files, to the byte, beside what it began with."""
         found = {path: blob.content for path, blob in self.repositories[name].files(revision).items()}
