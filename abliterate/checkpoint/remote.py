@@ -1,36 +1,23 @@
 """A repository of the Hub at one commit: its files by size and hash, and their bytes by range."""
 
 import hashlib
-import logging
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
+from abliterate.checkpoint import patience
 from abliterate.checkpoint.keeper import Check, go_on
 from abliterate.checkpoint.locate import explained
+from abliterate.checkpoint.patience import CutError, passes, patiently, pause
 from abliterate.errors import CheckpointError
 
-log = logging.getLogger(__name__)
-
-PASSING = frozenset({408, 429, 500, 502, 503, 504})
-"""Answers after which the same request may succeed."""
-WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds before each further try; bytes that arrive start them anew."""
-LONGEST_WAIT = 300.0
-"""That a server can ask for."""
 RANGE_BYTES = 1 << 30
 """Of one request: addresses are signed for a limited time."""
-
-
-class CutError(Exception):
-    """A connection ended too early, without an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +77,8 @@ class Remote:
     def stream(self, name: str, start: int, end: int, check: Check = go_on) -> Iterator[tuple[int, bytes]]:
         """Bytes [start, end) of a file as they arrive, connections that are cut taken up where they were cut.
 
+        Bytes that arrive start the tries anew.
+
         Args:
             check: called with every block, and while waiting.
 
@@ -107,9 +96,9 @@ class Remote:
                     yield at, block
                     at, tries = at + len(block), 0
             except Exception as error:
-                if tries == len(WAITS) or not _passes(error):
+                if tries == len(patience.WAITS) or not passes(error):
                     raise
-                _wait(error, WAITS[tries], check)
+                pause(error, patience.WAITS[tries], check)
                 tries += 1
 
     def _request(self, name: str, start: int, end: int) -> Iterator[bytes]:
@@ -146,22 +135,6 @@ def look(model_id: str, revision: str | None) -> Remote:
     return Remote(model_id, info.sha, files)
 
 
-def patiently(call: Callable[[], Any]) -> Any:
-    """Calls again what failed for a reason that may pass.
-
-    Raises:
-        Exception: of the last call.
-    """
-    for wait in WAITS:
-        try:
-            return call()
-        except Exception as error:
-            if not _passes(error):
-                raise
-            _wait(error, wait, go_on)
-    return call()
-
-
 def _file(sibling: Any) -> RemoteFile:
     lfs = sibling.lfs
     return RemoteFile(
@@ -176,22 +149,3 @@ def _is_plain(name: str) -> bool:
     """Whether it names a file inside the repository: what a server says is data, not a path to trust."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
-
-
-def _passes(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response is not None and error.response.status_code in PASSING
-    # httpx's errors, whichever generation of it the client is built on
-    transport = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-    return transport or isinstance(error, CutError | ConnectionError | TimeoutError)
-
-
-def _wait(error: Exception, seconds: float, check: Check) -> None:
-    response = getattr(error, "response", None)
-    asked = response.headers.get("Retry-After", "") if response is not None else ""
-    until = time.monotonic() + (min(float(asked), LONGEST_WAIT) if asked.isdigit() else seconds)
-    log.info("the Hub failed (%s): trying again", type(error).__name__)
-    while (left := until - time.monotonic()) > 0:
-        check()
-        time.sleep(min(0.2, left))

@@ -1,36 +1,26 @@
-"""What the Hub client raises and logs, in one line without tokens; and patience where that helps."""
+"""What the Hub client raises and logs, in one line without tokens."""
 
 import logging
-import random
-import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from abliterate.checkpoint.locate import without_secrets
+from abliterate.checkpoint.patience import is_transport, offline, status_of
 from abliterate.errors import AbliterateError, HubError, one_line
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 AGAIN = "run the same command again: what has arrived is not sent twice"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
-PASSING = frozenset({429, 500, 502, 503, 504})
-"""Answers after which the same request may succeed."""
-_TOLD = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
-"""How hf_xet tells of an answer, in errors without one."""
-TRIES, FIRST_WAIT, LONGEST_WAIT = 5, 1.0, 300.0
 
 
 @contextmanager
@@ -46,69 +36,6 @@ def explained(repo: str) -> Iterator[None]:
         raise
     except Exception as error:  # the client's own transport errors have no common base
         raise HubError(_explain(error, repo)) from error
-
-
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error stands for, or the one that it was raised from does; None without an answer."""
-    cause: BaseException | None = error
-    while cause is not None:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
-        if told := _TOLD.search(str(cause)):
-            return int(told[1])
-        cause = cause.__cause__
-    return None
-
-
-def is_transport(error: BaseException) -> bool:
-    """Whether no answer came: httpx's errors, whichever generation of it the client is built on."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConnectionError | TimeoutError) or _of_httpx(cause):
-            return True
-        cause = cause.__cause__
-    return False
-
-
-def _of_httpx(error: BaseException) -> bool:
-    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-
-
-def patiently(call: Callable[[], T], again: Callable[[BaseException], bool] = lambda _: True) -> T:
-    """Calls what the client itself does not try again: a few times, after what the server asks for (Retry-After).
-
-    Args:
-        again: whether it may be called once more after such an error.
-
-    Raises:
-        Exception: of the last call.
-    """
-    wait = FIRST_WAIT
-    for attempt in range(1, TRIES + 1):
-        try:
-            return call()
-        except Exception as error:
-            passing = status_of(error) in PASSING or (is_transport(error) and not offline(error))
-            if attempt == TRIES or not passing or not again(error):
-                raise
-            pause = _retry_after(error) or wait * random.uniform(0.75, 1.25)
-            log.info("the Hub answered with %s: next try in %.0f s", without_secrets(repr(error))[:200], pause)
-            time.sleep(pause)
-            wait *= 2
-    raise AssertionError("the last try either returned or raised")
-
-
-def _retry_after(error: BaseException) -> float | None:
-    """Seconds that the server wants to be left alone."""
-    response = getattr(error, "response", None)
-    text = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(float(text), LONGEST_WAIT) if text.isdigit() else None
-
-
-def offline(error: BaseException) -> bool:
-    """Whether the client was told to stay offline (HF_HUB_OFFLINE)."""
-    return isinstance(error, OfflineModeIsEnabled)
 
 
 def _explain(error: Exception, repo: str) -> str:

@@ -11,8 +11,9 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from huggingface_hub.hf_api import RepoFile
 
 from abliterate.checkpoint.locate import named
+from abliterate.checkpoint.patience import patiently, status_of
 from abliterate.errors import CheckpointError, HubError
-from abliterate.hub.explain import explained, patiently, status_of
+from abliterate.hub.explain import explained
 from abliterate.hub.parcel import Item, Placed
 
 log = logging.getLogger(__name__)

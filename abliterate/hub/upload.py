@@ -20,8 +20,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     enable_progress_bars,
 )
 
+from abliterate.checkpoint.patience import is_transport, patiently, status_of
 from abliterate.errors import HubError
-from abliterate.hub.explain import AGAIN, explained, is_transport, patiently, status_of
+from abliterate.hub.explain import AGAIN, explained
 from abliterate.hub.parcel import Item, Parcel, Placed
 from abliterate.hub.repository import Repository, State
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
+from abliterate.checkpoint import patience
 from abliterate.checkpoint import remote as room
 from abliterate.checkpoint.crew import StoppedError
 from abliterate.checkpoint.download import fetch
@@ -29,7 +30,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     folder.mkdir()
     (folder / NAME).write_bytes(BYTES)
     (folder / "config.json").write_bytes(b"{}")
-    monkeypatch.setattr(room, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(patience, "WAITS", (0.0, 0.0, 0.0))
     with serving("org/pico", folder) as hub:
         hub_client.use(hub, str(tmp_path / "home"), monkeypatch)
         yield hub
@@ -139,7 +140,7 @@ def test_a_server_without_ranges_sends_what_is_thrown_away(hub: Hub, tmp_path: P
 
 
 def test_waiting_can_be_stopped(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "WAITS", (60.0,))
+    monkeypatch.setattr(patience, "WAITS", (60.0,))
     remote, started = look("org/pico", None), time.monotonic()
     hub.faults[NAME] = [500]
 
