@@ -23,7 +23,8 @@ from abliterate.publish.audit_view import PAGE_NAME, audit_page, audit_plots
 from abliterate.recipe import Recipe, load_recipe, recipe_word
 from abliterate.resume import working
 from abliterate.stages import Once, Stages
-from abliterate.subject import RunOptions, Subject, load_model, open_subject, tokenizer_of, versions
+from abliterate.subject import RunOptions, Subject, load_model, opened, tokenizer_of, versions
+from abliterate.traffic import AUDIT, CALIBRATION, Passes, tell_traffic
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,17 @@ def audit_model(
     tidy(out)
     check_target(out, overwrite=overwrite, inputs=[local.folder] if local else [])
     pick_device(options.device)
-    subject = open_subject(model, revision, options.trust_remote_code, inexact=True)
-    prompts = load_calibration(chosen.calibration, options.seed)
-    chat = chat_format(tokenizer_of(subject, options), chosen.calibration, options.template, options.system_prompt)
-    task = _Task(subject, chosen, options, size or AuditSize(), prompts, chat)
-    identity, checkpoint = _identity(task), subject.checkpoint
-    with working(out, checkpoint, identity, overwrite=overwrite, progress=options.progress) as (staging, journal):
+    with opened(model, revision, options, inexact=True) as subject:
+        prompts = load_calibration(chosen.calibration, options.seed)
+        chat = chat_format(tokenizer_of(subject, options), chosen.calibration, options.template, options.system_prompt)
+        return _audited(_Task(subject, chosen, options, size or AuditSize(), prompts, chat), out, overwrite)
+
+
+def _audited(task: _Task, out: Path, overwrite: bool) -> AuditReport:
+    options, checkpoint = task.options, task.subject.checkpoint
+    identity, progress = _identity(task), options.progress
+    tell_traffic(task.subject, options, Passes(CALIBRATION + AUDIT, 0))
+    with working(out, checkpoint, identity, overwrite=overwrite, progress=progress) as (staging, journal):
         record = _run(replace(task, options=replace(options, scratch=staging.folder)), journal)
         _write(staging.folder, record)
         return AuditReport(staging.publish(), record)

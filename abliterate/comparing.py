@@ -17,11 +17,11 @@ from abliterate.calibration.prompts import PromptSplit
 from abliterate.certify.certificate import Certificate
 from abliterate.checkpoint.locate import Source, find
 from abliterate.checkpoint.output import check_target, tidy
-from abliterate.conversion import Conversion, convert, prepare, prove
+from abliterate.conversion import Conversion, converted, prepare, prove
 from abliterate.errors import CalibrationError, RecipeError, SelectionError
 from abliterate.evaluation.sets import Evaluation
 from abliterate.identity import identity_of
-from abliterate.job import BaseFindings, Job, unties
+from abliterate.job import BaseFindings, Job, passes_of, unties
 from abliterate.publish.comparison import Aim, Certified, Comparison, ComparisonRow, Estimate, mark_front, row_from
 from abliterate.publish.comparison_view import BASE, comparison_files
 from abliterate.recipe import Recipe, load_recipe, recipe_word
@@ -29,7 +29,8 @@ from abliterate.resume import working
 from abliterate.rewriting import write_edited
 from abliterate.stages import Once, Stages
 from abliterate.studying import study_base
-from abliterate.subject import RunOptions, load_model, open_subject
+from abliterate.subject import RunOptions, Subject, load_model, opened
+from abliterate.traffic import BESIDE_ANSWERS, CALIBRATION, DISCOVERY, Passes, tell_traffic
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,15 @@ def compare(
     local = find(model, revision)
     tidy(out)
     check_target(out, overwrite=overwrite, inputs=[local.folder] if local else [])
-    subject = open_subject(model, revision, options.trust_remote_code, options.inexact)
-    jobs = [prepare(subject, recipe=recipe, options=options) for recipe in chosen]
+    with opened(model, revision, options, options.inexact) as subject:
+        return _compared(subject, chosen, out, options, overwrite, to_convert)
+
+
+def _compared(
+    subject: Subject, recipes: Sequence[Recipe], out: Path, options: RunOptions, overwrite: bool, to_convert: str | None
+) -> Report:
+    jobs = [prepare(subject, recipe=recipe, options=options) for recipe in recipes]
+    tell_traffic(subject, options, _passes(jobs, to_convert is not None))
     identity = identity_of(jobs[0]) | {"recipes": {job.recipe.name: job.recipe.as_dict() for job in jobs}}
     identity["command"] = _command(jobs)
     with working(out, subject.checkpoint, identity, overwrite=overwrite, progress=options.progress) as (
@@ -92,11 +100,25 @@ def compare(
         for name, content in comparison_files(comparison).items():
             (staging.folder / name).write_bytes(content)
         folder = staging.publish()
-    winner = _winner(comparison, chosen, to_convert)
+    winner = _winner(comparison, recipes, to_convert)
     if winner is None:
         return Report(folder, comparison)
-    made = convert(model, folder / winner.name, recipe=winner, revision=revision, options=options)
-    return Report(folder, comparison, made)
+    job = next(job for job in jobs if job.recipe is winner)
+    return Report(folder, comparison, converted(job, folder / winner.name))
+
+
+def _passes(jobs: Sequence[Job], converts: bool) -> Passes:
+    """Over the base: what recipes share once, and all of a conversion again where one follows."""
+    each = [passes_of(job) for job in jobs]
+    loads = len({job.subject.plan.shares_edit and not unties(job) for job in jobs})
+    searched = (DISCOVERY - 1) * any(job.recipe.direction.refusal_tokens == "auto" for job in jobs)
+    own = (CALIBRATION - DISCOVERY + 1) * len(jobs)
+    evaluated = (
+        len({job.recipe.edit.head for job in jobs}) * (each[0].answers + BESIDE_ANSWERS) if jobs[0].evaluate else 0
+    )
+    again = max(passes.model for passes in each) * converts
+    reads = sum(passes.reads for passes in each) + each[0].reads * converts
+    return Passes(loads + searched + own + evaluated + again, reads, each[0].answers)
 
 
 def _check_recipes(recipes: Sequence[Recipe], to_convert: str | None) -> None:

@@ -121,7 +121,7 @@ def convert(
         job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
         tell_traffic(subject, options, passes_of(job), back=return_of(job) if drop_shards else None)
         dropping = _dropping(job, repository, allowance)
-        done = _converted(job, Path(out), overwrite, repository, dropping)
+        done = converted(job, Path(out), overwrite, repository, dropping)
         if patch is not None and done.holds:
             write_patch(subject, done.folder, Path(patch), progress=options.progress)
         return done
@@ -146,10 +146,14 @@ def _dropping(job: Job, repository: Repository | None, allowance: Allowance | No
         return Dropping(WorkBranch(repository, branch_of(identity_of(job)), shards), allowance)
 
 
-def _converted(
-    job: Job, out: Path, overwrite: bool, repository: Repository | None, dropping: Dropping | None
+def converted(
+    job: Job,
+    out: Path,
+    overwrite: bool = False,
+    repository: Repository | None = None,
+    dropping: Dropping | None = None,
 ) -> Conversion:
-    """See `convert`."""
+    """`convert` from where its inputs are opened and checked."""
     options, checkpoint, progress = job.options, job.subject.checkpoint, job.options.progress
     sent = dropping.branch if dropping else None
     with (

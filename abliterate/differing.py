@@ -10,7 +10,8 @@ from torch import Tensor
 from abliterate.architecture.rules import fold_numbers
 from abliterate.checkpoint.diskio import check_file_target, write_file
 from abliterate.checkpoint.files import DIRECTION_FILE, Checkpoint, open_checkpoint
-from abliterate.checkpoint.locate import resolve
+from abliterate.checkpoint.locate import Source
+from abliterate.checkpoint.ondemand import located_together
 from abliterate.checkpoint.regular import is_file
 from abliterate.difference.findings import Findings
 from abliterate.difference.kinds import Verdict, decide
@@ -35,6 +36,7 @@ from abliterate.errors import AbliterateError, CheckpointError, first_line
 from abliterate.progress import SILENT, Progress
 from abliterate.publish.manifest import MANIFEST_NAME, read_manifest
 from abliterate.subject import plan_of
+from abliterate.traffic import tell_reading
 
 ENOUGH = 2
 """So many tensors that are alike but for their number are looked at for high ranks; the others are taken to be so."""
@@ -107,6 +109,7 @@ def diff(
     save_direction: Path | str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    cache_limit: int | None = None,
     progress: Progress = SILENT,
 ) -> Difference:
     """Compares two checkpoints, whoever made them; memory is bounded whatever their size.
@@ -115,6 +118,8 @@ def diff(
         base, edited: folders or Hub ids (`org/name@revision`).
         direction: file with a direction to hold the differences against; None takes that in `edited`, if there is one.
         save_direction: file to write the recovered direction to. `overwrite`: replace one that is there.
+        cache_limit: bytes of shards of Hub models, of both together, that may be on the disk at once; None downloads
+            them whole.
 
     Raises:
         CheckpointError: a checkpoint is missing, damaged or quantized, or no direction was found that could be saved.
@@ -122,11 +127,24 @@ def diff(
     """
     if save_direction is not None:
         check_file_target(Path(save_direction), overwrite)
-    sources = resolve(base), resolve(edited)
-    before, after = (open_checkpoint(source.folder) for source in sources)
+    with located_together([(base, None), (edited, None)], cache_limit, progress) as sources:
+        return _compared(sources, direction, save_direction, trust_remote_code, progress)
+
+
+def _compared(
+    sources: Sequence[Source],
+    direction: Path | str | None,
+    save_direction: Path | str | None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Difference:
+    before, after = (open_checkpoint(source.folder, source.keeper) for source in sources)
     places, why_not = _places(before, trust_remote_code)
     cut = _cut(direction, after, places)
     pairing = pair_tensors(before, after, places.embedding, places.head)
+    steps = [(before.shard_of(pair.name), after.shard_of(pair.other)) for pair in pairing.pairs]
+    named = {source.called: each for source, each in zip(sources, (before, after), strict=True)}
+    tell_reading(named, steps, 1, more=1)
     tensors = _measure(before, after, pairing, places, progress)
     shared = share(_changed_writers(tensors))
     if save_direction is not None:

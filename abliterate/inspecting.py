@@ -3,20 +3,21 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from abliterate.architecture.writer import Plan
 from abliterate.certify.weights import WriterResidual, writer_residuals
 from abliterate.checkpoint.files import DIRECTION_FILE, Checkpoint, open_checkpoint
 from abliterate.checkpoint.glimpse import glimpse
-from abliterate.checkpoint.locate import resolve
+from abliterate.checkpoint.locate import Source
+from abliterate.checkpoint.ondemand import located_together
 from abliterate.checkpoint.regular import is_file
 from abliterate.direction.files import load_cut
 from abliterate.errors import AbliterateError, CheckpointError, some
 from abliterate.progress import SILENT, Progress
 from abliterate.publish.manifest import MANIFEST_NAME, read_manifest
 from abliterate.subject import plan_of
+from abliterate.traffic import tell_reading
 from abliterate.verification import mismatches
 
 AGREES = 1e-4
@@ -69,6 +70,7 @@ def inspect(
     revision: str | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
+    cache_limit: int | None = None,
     progress: Progress = SILENT,
 ) -> Inspection:
     """Holds a checkpoint's manifest against its files. Of a Hub model without a manifest no weights are fetched.
@@ -76,6 +78,8 @@ def inspect(
     Args:
         checkpoint: a folder or a Hub id.
         base: the checkpoint that it is said to be made from, to compare as well.
+        cache_limit: bytes of shards of Hub models, of both together, that may be on the disk at once; None downloads
+            them whole.
 
     Raises:
         CheckpointError: it is missing or damaged, or its manifest cannot be read.
@@ -83,12 +87,20 @@ def inspect(
     with glimpse(checkpoint, revision) as source:
         claims = is_file(source.folder / MANIFEST_NAME)
         if not claims:
-            return _inspected(source.name, source.folder, trust_remote_code)
-    source = resolve(checkpoint, revision)
-    described = _inspected(source.name, source.folder, trust_remote_code)
+            return _inspected(source, trust_remote_code)
+    wanted = [(checkpoint, revision), *([(base, None)] if base is not None else [])]
+    with located_together(wanted, cache_limit, progress) as (source, *bases):
+        return _held_against(source, bases[0] if bases else None, trust_remote_code, progress)
+
+
+def _held_against(source: Source, base: Source | None, trust_remote_code: bool, progress: Progress) -> Inspection:
+    """What the manifest claims, looked at."""
+    described = _inspected(source, trust_remote_code)
     manifest = read_manifest(source.folder)
-    opened = open_checkpoint(source.folder)
-    before = open_checkpoint(resolve(base).folder) if base is not None else None
+    opened = open_checkpoint(source.folder, source.keeper)
+    before = open_checkpoint(base.folder, base.keeper) if base is not None else None
+    called = {source.called: opened} | ({base.called: before} if base is not None and before is not None else {})
+    _tell_traffic(called, described.plan)
     residuals: list[WriterResidual] = []
     try:
         checks = tuple(_checks(opened, described.plan, manifest, before, residuals, progress))
@@ -99,15 +111,22 @@ def inspect(
     )
 
 
-def _inspected(name: str, folder: Path, trust_remote_code: bool) -> Inspection:
+def _tell_traffic(checkpoints: Mapping[str, Checkpoint], plan: Plan | None) -> None:
+    """Hashes are what the Hub vouches for; of weights, the writers' are read, and gains before."""
+    writers, both = plan.edited if plan is not None else (), checkpoints.values()
+    steps = [(each.shard_of(w.tensor),) for w in writers for each in both if w.tensor in each.tensors]
+    tell_reading(checkpoints, steps, 1 + any(writer.gain or writer.skip for writer in writers))
+
+
+def _inspected(source: Source, trust_remote_code: bool) -> Inspection:
     """From headers alone."""
-    opened = open_checkpoint(folder)
+    opened = open_checkpoint(source.folder, source.keeper)
     plan, unknown = None, None
     try:
         plan = plan_of(opened, trust_remote_code, inexact=True)
     except AbliterateError as error:
         unknown = str(error)
-    return Inspection(name, _facts(opened, plan), plan, unknown, None, (), ())
+    return Inspection(source.name, _facts(opened, plan), plan, unknown, None, (), ())
 
 
 def _facts(checkpoint: Checkpoint, plan: Plan | None) -> dict[str, Any]:
@@ -237,9 +256,16 @@ def _residuals(
     keep, strength = edit.get("removes", {}).get("norms") == "kept", edit["strength"]
     path, whole = checkpoint.folder / DIRECTION_FILE, 1.0 if strength is None else float(strength)
     cut = load_cut(path, plan.hidden_size, plan.num_layers, whole, keep)
-    if base is not None and any(writer.tensor not in base.tensors for writer in plan.edited):
+    if base is not None and not _alike(checkpoint, base, plan):
         base = None
     return writer_residuals(checkpoint, plan, cut, base)
+
+
+def _alike(checkpoint: Checkpoint, base: Checkpoint, plan: Plan) -> bool:
+    """Whether the base has every writer, of the same shape."""
+    shapes = [[each.tensors[w.tensor].shape if w.tensor in each.tensors else None for w in plan.edited]
+              for each in (checkpoint, base)]  # fmt: skip
+    return shapes[0] == shapes[1]
 
 
 def _removed(residuals: list[WriterResidual], manifest: Mapping[str, Any]) -> Check:

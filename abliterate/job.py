@@ -79,7 +79,7 @@ def passes_of(job: Job) -> Passes:
     found = calibration if job.direction_file is None else DISCOVERY if job.evaluate else 0
     before = found + answers + BESIDE_ANSWERS * job.evaluate
     gains = any(writer.gain or writer.skip for writer in job.subject.plan.writers)
-    return Passes(before + (before > 0), 2 + gains, answers)
+    return Passes(before + (before > 0), 2 + gains, answers, "--no-evaluate")
 
 
 def return_of(job: Job) -> Return:

@@ -3,12 +3,14 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 from urllib.parse import urlsplit
 
 from abliterate.calibration.load import pick_device
-from abliterate.checkpoint.locate import resolve
+from abliterate.checkpoint.glimpse import glimpse
+from abliterate.checkpoint.locate import find, resolve
 from abliterate.errors import EvaluationError
 from abliterate.evaluation.endpoint import EndpointJudge
 from abliterate.evaluation.judge import ChatJudge, Exchange, Judge, load_classifier
@@ -16,7 +18,8 @@ from abliterate.evaluation.metrics import by_kind
 from abliterate.evaluation.sets import Evaluation, EvaluationSet, Samples
 from abliterate.progress import Progress
 from abliterate.proving import tongue_of
-from abliterate.subject import RunOptions, load_model, open_subject
+from abliterate.subject import RunOptions, load_model, opened
+from abliterate.traffic import Passes, tell_traffic
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +75,11 @@ def _endpoint(text: str) -> JudgeSpec:
     return JudgeSpec("endpoint", address, model)
 
 
-def summon(spec: JudgeSpec, options: RunOptions) -> Callable[[], Judge]:
+def summon(spec: JudgeSpec, options: RunOptions, stack: ExitStack) -> Callable[[], Judge]:
     """Finds a judge now, and makes it when it is needed: its weights need not lie beside those of who is judged.
+
+    Args:
+        stack: the judge can be asked until this is closed.
 
     Raises:
         AbliterateError: it cannot be found or asked.
@@ -82,20 +88,27 @@ def summon(spec: JudgeSpec, options: RunOptions) -> Callable[[], Judge]:
         judge = EndpointJudge(spec.place, spec.detail or "", os.environ.get(KEY_VARIABLE) or None)
         judge.check()
         return lambda: judge
-    source = resolve(spec.place)
-    name = source.model_id or source.folder.resolve().name
+    if spec.kind == "chat" and options.cache_limit is not None:
+        with glimpse(spec.place) as source:
+            name = source.name
+    else:
+        if options.cache_limit is not None and find(spec.place) is None:
+            log.warning("the judge %s is fetched whole: transformers loads classifiers from whole files", spec.place)
+        source = resolve(spec.place)
+        name = source.name
     if spec.kind == "classifier":
         return lambda: load_classifier(source.folder, spec.detail, name, pick_device(options.device))
-    return lambda: _chat_judge(spec.place, name, options)
+    return lambda: _chat_judge(spec.place, name, options, stack)
 
 
-def _chat_judge(place: str, name: str, options: RunOptions) -> ChatJudge:
+def _chat_judge(place: str, name: str, options: RunOptions, stack: ExitStack) -> ChatJudge:
     """Without the template and system prompt that are meant for the model that is judged, and without its code."""
     own = replace(options, template=None, system_prompt=None, trust_remote_code=False)
-    subject = open_subject(place, None, inexact=True)
+    subject = stack.enter_context(opened(place, None, own, inexact=True))
     tongue = tongue_of(subject, own, "off")
     if tongue.chat is None:
         raise EvaluationError(f"{name} is no judge: it has no chat template")
+    tell_traffic(subject, own, Passes(2, 0))
     return ChatJudge(load_model(subject, own, tokenizer=tongue.tokenizer), tongue.chat, name)
 
 

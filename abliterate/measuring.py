@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from abliterate.prompting import Prompts, encode, encode_plain, load_calibration
 from abliterate.proving import Tongue, tongue_of
 from abliterate.publish.manifest import read_manifest
 from abliterate.recipe import Recipe, load_recipe
-from abliterate.subject import RunOptions, Subject, load_model, open_subject
+from abliterate.subject import RunOptions, Subject, load_model, opened_together
+from abliterate.traffic import BESIDE_ANSWERS, DISCOVERY, Passes, tell_traffic
 
 log = logging.getLogger(__name__)
 
@@ -107,52 +109,90 @@ def evaluate(
     """
     options, extras = options or RunOptions(), extras or Extras()
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    judge = _prepared(extras, options)
-    subject = open_subject(model, revision, options.trust_remote_code, inexact=True)
-    reference = open_subject(baseline, None, options.trust_remote_code, inexact=True) if baseline else None
+    with ExitStack() as stack:
+        judge = _prepared(extras, options, stack)
+        wanted = [(model, revision), *([(baseline, None)] if baseline else [])]
+        with opened_together(wanted, options, inexact=True) as (subject, *references):
+            task = _task(subject, references[0] if references else None, chosen, options, extras)
+            heard, data = _hear_all(task)
+        requests = requests_of(data, task.prompts)
+        if extras.save_completions is not None:
+            write_file(extras.save_completions, _lines(heard, data, requests))
+        return _report(heard, _judged(heard, data, requests, judge, options))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One evaluation: the models in the order in which they are heard, and what with.
+
+    Attributes:
+        subjects: the model, after its baseline where there is one.
+        recorded: refusal tokens by the model's manifest; None where they have to be found.
+    """
+
+    subjects: Sequence[Subject]
+    recipe: Recipe
+    options: RunOptions
+    extras: Extras
+    tongue: Tongue
+    prompts: Prompts
+    recorded: tuple[int, ...] | None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of an answer."""
+        return self.options.max_new_tokens or self.recipe.evaluation.max_new_tokens
+
+
+def _task(subject: Subject, reference: Subject | None, recipe: Recipe, options: RunOptions, extras: Extras) -> _Task:
+    """Checks what can be checked before any model is loaded, and says what will be fetched."""
     if reference is not None:
-        _same_vocabulary(subject, reference)
-    tongue = _speaking(subject, options, chosen)
-    prompts = load_calibration(chosen.calibration, options.seed)
-    tokens = _refusal_tokens(subject, reference, options, tongue, prompts)
-    longest = options.max_new_tokens or chosen.evaluation.max_new_tokens
-    data = evaluation_set(tongue, prompts, tokens, longest, chosen.evaluation.kl_tokens)
-    heard = _hear_all(subject, reference, options, tongue, data, extras)
-    requests = requests_of(data, prompts)
-    if extras.save_completions is not None:
-        write_file(extras.save_completions, _lines(heard, data, requests))
-    return _report(heard, _judged(heard, data, requests, judge, options))
+        _check_baseline(subject, reference)
+    tongue = _speaking(subject, options, recipe)
+    prompts = load_calibration(recipe.calibration, options.seed)
+    subjects = [subject] if reference is None else [reference, subject]
+    task = _Task(subjects, recipe, options, extras, tongue, prompts, _recorded_tokens(subject))
+    for number, each in enumerate(subjects):
+        searched = DISCOVERY - 1 if number == 0 and task.recorded is None and tongue.chat is not None else 0
+        tell_traffic(each, options, Passes(1 + searched + task.longest + BESIDE_ANSWERS, 0, task.longest))
+    if extras.tasks and any(each.checkpoint.keeper for each in subjects):
+        log.warning(
+            "benchmarks fetch more, a pass for every 1024 requests or token of an answer: how much depends on them"
+        )
+    return task
 
 
-def _prepared(extras: Extras, options: RunOptions) -> Callable[[], Judge] | None:
+def _prepared(extras: Extras, options: RunOptions, stack: ExitStack) -> Callable[[], Judge] | None:
     """Looks for everything that could be missing, before any model is loaded."""
     if extras.save_completions is not None:
         check_file_target(extras.save_completions)
     if extras.tasks:
         check_tasks(extras.tasks, extras.task_path)
-    return summon(parse_judge(extras.judge), options) if extras.judge else None
+    return summon(parse_judge(extras.judge), options, stack) if extras.judge else None
 
 
-def _hear_all(
-    subject: Subject,
-    reference: Subject | None,
-    options: RunOptions,
-    tongue: Tongue,
-    data: EvaluationSet,
-    extras: Extras,
-) -> list[_Heard]:
-    """The model, after its baseline where there is one; one at a time is in memory."""
+def _hear_all(task: _Task) -> tuple[list[_Heard], EvaluationSet]:
+    """One model at a time is in memory; of those that are fetched the one that is not read makes room."""
     heard: list[_Heard] = []
-    labels = ("evaluate",) if reference is None else ("baseline", "model")
-    for each, label in zip([subject] if reference is None else [reference, subject], labels, strict=True):
-        model = _loaded(each, options, tongue)
+    data, options, extras = None, task.options, task.extras
+    labels = ("evaluate",) if len(task.subjects) == 1 else ("baseline", "model")
+    for each, label in zip(task.subjects, labels, strict=True):
+        model = _loaded(each, options, task.tongue)
+        data = data or _evaluation_data(task, model)
         base = heard[0].measured if heard else None
         texts: list[str] = []
         measured = evaluate_model(model, data, base, options.progress, label, texts.extend)
         scores = run_tasks(model, extras.tasks, extras.task_path, options.progress) if extras.tasks else ()
         heard.append(_Heard(each.name, measured, tuple(texts), scores))
         del model
-    return heard
+    assert data is not None
+    return heard, data
+
+
+def _evaluation_data(task: _Task, model: LanguageModel) -> EvaluationSet:
+    """What is asked; where the manifest names no refusal tokens, with those of the first model's own completions."""
+    ids = task.recorded or discovered_tokens(model, task.tongue, task.prompts, task.options.progress)
+    return evaluation_set(task.tongue, task.prompts, ids, task.longest, task.recipe.evaluation.kl_tokens)
 
 
 def requests_of(data: EvaluationSet, prompts: Prompts) -> list[str]:
@@ -212,23 +252,20 @@ def _loaded(subject: Subject, options: RunOptions, tongue: Tongue) -> LanguageMo
     return load_model(subject, options, tokenizer=tongue.tokenizer)
 
 
-def _same_vocabulary(subject: Subject, reference: Subject) -> None:
+def _check_baseline(subject: Subject, reference: Subject) -> None:
+    """Raises:
+    CalibrationError: figures of the two could not be compared.
+    """
     shapes = [s.checkpoint.tensors[s.plan.embedding].shape[0] for s in (subject, reference)]
     if shapes[0] != shapes[1]:
         raise CalibrationError(
             f"{reference.name} is no baseline for {subject.name}: vocabularies of {shapes[1]} and {shapes[0]} tokens"
         )
-
-
-def _refusal_tokens(
-    subject: Subject, reference: Subject | None, options: RunOptions, tongue: Tongue, prompts: Prompts
-) -> tuple[int, ...] | None:
-    """From the manifest, else from the completions of the baseline (or the model); None where it does not refuse."""
-    recorded = _recorded_tokens(subject)
-    if recorded or tongue.chat is None:
-        return recorded
-    model = _loaded(reference or subject, options, tongue)
-    return discovered_tokens(model, tongue, prompts, options.progress)
+    types = [each.plan.model_type for each in (subject, reference)]
+    if types[0] != types[1]:
+        log.warning(
+            "%s is %s and its baseline %s is %s: is that meant?", subject.name, types[0], reference.name, types[1]
+        )
 
 
 def discovered_tokens(

@@ -93,7 +93,7 @@ cache_limit_option = click.option(
     "--cache-limit",
     metavar="SIZE",
     callback=_size,
-    help="Fetch shards of a Hub model as they are needed, and have no more than SIZE (100GB) of them on the disk.",
+    help="Fetch shards of Hub models as they are needed, and have no more than SIZE (100GB) of them on the disk.",
 )
 judge_option = click.option(
     "--judge",

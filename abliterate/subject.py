@@ -22,7 +22,7 @@ from abliterate.checkpoint.allowance import Allowance
 from abliterate.checkpoint.files import Checkpoint, open_checkpoint
 from abliterate.checkpoint.header import DTYPES
 from abliterate.checkpoint.locate import Source, resolve
-from abliterate.checkpoint.ondemand import located
+from abliterate.checkpoint.ondemand import Wanted, located_together
 from abliterate.errors import RefusedError
 from abliterate.probing import inexact_entry, probed_entry
 from abliterate.progress import SILENT, Progress
@@ -119,8 +119,17 @@ def opened(
     Raises:
         HubError: the Hub fails.
     """
-    with located(model, revision, allowance or options.cache_limit, options.progress) as source:
-        yield subject_at(source, options.trust_remote_code, inexact)
+    with opened_together([(model, revision)], options, inexact, allowance) as (subject,):
+        yield subject
+
+
+@contextmanager
+def opened_together(
+    models: Sequence[Wanted], options: RunOptions, inexact: bool = False, allowance: Allowance | None = None
+) -> Iterator[list[Subject]]:
+    """`opened` for several, which share the cache limit; see `located_together`."""
+    with located_together(models, allowance or options.cache_limit, options.progress) as sources:
+        yield [subject_at(source, options.trust_remote_code, inexact) for source in sources]
 
 
 def subject_at(source: Source, trust_remote_code: bool = False, inexact: bool = False) -> Subject:

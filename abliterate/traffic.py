@@ -1,14 +1,16 @@
 """How much a run fetches whose shards come and go, said before it begins; docs/hub.md."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from abliterate.architecture.blueprint import read_blueprint
 from abliterate.architecture.writer import layer_of
 from abliterate.calibration.load import pick_device, pick_dtype
 from abliterate.checkpoint.files import Checkpoint
-from abliterate.checkpoint.turns import least, traffic
+from abliterate.checkpoint.header import Header
+from abliterate.checkpoint.turns import least, side_by_side, traffic
 from abliterate.errors import CheckpointError
 from abliterate.sizes import enough, short
 from abliterate.subject import RunOptions, Subject, placement_of
@@ -21,6 +23,8 @@ DISCOVERY = 18
 """Of one that finds the refusal tokens alone, the first look at the model included."""
 CERTIFICATE = 2
 """Of a certificate's stream, the first look included."""
+AUDIT = 6
+"""Of an audit with default settings, beside the calibration."""
 BESIDE_ANSWERS = 3
 """Of an evaluation, beside one for each token of the answers."""
 MOST = 100
@@ -33,12 +37,13 @@ class Passes:
 
     Attributes:
         model: with all its prompts. `reads`: over the shards alone.
-        answers: of `model`, those that are for answers, one a token.
+        answers: of `model`, those that are for answers, one a token. `fewer`: the option that makes these fewer.
     """
 
     model: int
     reads: int
     answers: int = 0
+    fewer: str = "a smaller --max-new-tokens"
 
 
 @dataclass(frozen=True)
@@ -98,16 +103,17 @@ def traffic_words(
     found = foresee(subject, options, passes, base, limit, dtype) if checkpoint.keeper else NOTHING
     again = foresee(subject, options, back.passes, back.sizes, limit, dtype) if back else NOTHING
     pairs = [sum(sizes) for sizes in zip(base, back.sizes, strict=True)] if back else []
-    _refuse_too_small(subject, limit, max(found.least, again.least, *pairs, 0))
+    _refuse_too_small(subject.name, limit, max(found.least, again.least, *pairs, 0))
     total, every = found.total + again.total, max(found.again, again.again)
     less = "a larger --cache-limit or more --memory fetches less"
     if passes.answers and every:
-        less += f", and so does --no-evaluate: answers of {passes.answers} tokens take as many passes"
+        less += f", and so does {passes.fewer}: answers of {passes.answers} tokens take as many passes"
     if total > MOST * checkpoint.nbytes:
+        fewer = "; --max-new-tokens makes them fewer" if passes.answers else ""
         raise CheckpointError(
             f"{subject.name} of {short(checkpoint.nbytes)} would be fetched more than {MOST} times over, "
             f"{short(total)} in all, {short(every)} for each of {max(passes.model, back.passes.model if back else 0)} "
-            f"passes: {less}; --max-new-tokens makes them fewer"
+            f"passes: {less}{fewer}"
         )
     words = [
         f"{short(checkpoint.nbytes)} in {len(checkpoint.shards)} shards, at most {short(limit)} on the disk at once",
@@ -124,11 +130,11 @@ def _sizes(checkpoint: Checkpoint) -> list[int]:
     return [keeper.size(shard.path.name) if keeper else 0 for shard in checkpoint.shards]
 
 
-def _refuse_too_small(subject: Subject, limit: int, least: int) -> None:
-    if limit < least:
+def _refuse_too_small(names: str, limit: int, needed: int) -> None:
+    if limit < needed:
         raise CheckpointError(
-            f"--cache-limit {limit} is too little for {subject.name}: {least:,} bytes of its shards are "
-            f"needed at once; give {enough(least)} or more"
+            f"--cache-limit {limit} is too little for {names}: {needed:,} bytes of shards are needed at once; give "
+            f"{enough(needed)} or more"
         )
 
 
@@ -173,3 +179,62 @@ def _compared(subject: Subject) -> Collection[int]:
     if not plan.head_copy:
         return ()
     return {number for number, shard in enumerate(shards) if {plan.embedding, plan.head} & shard.tensors.keys()}
+
+
+def tell_rewrite(subject: Subject) -> None:
+    """Says what going once through all shards will fetch, and once more for gains where there are some.
+
+    Raises:
+        CheckpointError: see `tell_reading`.
+    """
+    gains = any(writer.gain or writer.skip for writer in subject.plan.writers)
+    steps = [(shard,) for shard in subject.checkpoint.shards]
+    tell_reading({subject.name: subject.checkpoint}, steps, 1 + gains)
+
+
+def tell_reading(
+    checkpoints: Mapping[str, Checkpoint], steps: Sequence[Sequence[Header]], passes: int, more: int = 0
+) -> None:
+    """Says what reading checkpoints will fetch where nothing is run; nothing where no shards come and go.
+
+    Args:
+        checkpoints: side by side, by what they are called. `steps`: the shards that each step of a pass needs at once.
+        passes: as often as all steps are gone through. `more`: and as often again, perhaps.
+
+    Raises:
+        CheckpointError: the limit is too small for a step.
+    """
+    fetched = {name: each for name, each in checkpoints.items() if each.keeper is not None}
+    if not fetched:
+        return
+    limit, names = next(each.keeper.limit for each in fetched.values() if each.keeper), " and ".join(fetched)
+    numbers, sizes = _one_cycle(list(fetched.values()))
+    visits = [{numbers[shard.path] for shard in step if shard.path in numbers} for step in steps]
+    _refuse_too_small(names, limit, least(visits, sizes))
+    first, again = traffic(visits, sizes, limit)
+    whole, perhaps = first + again * (passes - 1), again * more
+    log.warning(
+        "%s: %s in %d shards, at most %s on the disk at once; about %s will be fetched%s",
+        names,
+        short(sum(sizes)),
+        len(sizes),
+        short(limit),
+        short(whole),
+        f", up to {short(whole + perhaps)} where there is a direction to measure" if perhaps else "",
+    )
+
+
+def _one_cycle(checkpoints: Sequence[Checkpoint]) -> tuple[dict[Path, int], list[int]]:
+    """Numbers of all shards, in one cycle, and their sizes by number."""
+    apart = {shard.path.parent: checkpoint for checkpoint in checkpoints for shard in checkpoint.shards}.values()
+    own = [[each.keeper.size(shard.path.name) for shard in each.shards] for each in apart if each.keeper]
+    found = side_by_side(own)
+    numbers = {
+        shard.path: number
+        for each, turns in zip(apart, found, strict=True)
+        for shard, number in zip(each.shards, turns, strict=True)
+    }
+    by_number = {
+        number: size for sizes, turns in zip(own, found, strict=True) for size, number in zip(sizes, turns, strict=True)
+    }
+    return numbers, [by_number[number] for number in range(len(by_number))]

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class Hub:
     ranges: bool = True
     seen: Callable[[str], None] = lambda _: None
     tokens: set[str] = field(default_factory=set)
+
+    def at(self, revision: str | None) -> "Hub":
+        """The repository as it is at a commit of its own; else at what branches stand for."""
+        return replace(self, folder=self.commits[revision], commit=revision) if revision in self.commits else self
 
     def entry(self, path: Path) -> dict[str, Any]:
         """A file as the API lists it."""
@@ -95,16 +99,19 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.status != 200:
             self._send(hub.status, b"{}", body, {"X-Error-Code": "GatedRepo" if hub.status == 403 else "RepoNotFound"})
         elif found := re.fullmatch(rf"/{hub.model_id}/resolve/([^/]+)/(.+)", path):
-            self._file(hub.commits.get(found[1], hub.folder) / found[2], body)
-        elif re.fullmatch(rf"/api/models/{hub.model_id}(/revision/[^/]+)?", path):
-            files = [hub.sibling(entry) for entry in hub.files()]
-            self._json({"id": hub.model_id, "sha": hub.commit, "siblings": files, "tags": []})
-        elif re.fullmatch(rf"/api/models/{hub.model_id}/tree/[^/]+/?.*", path):
-            self._json([hub.entry(entry) for entry in hub.files()])
+            self._file(hub.at(found[1]), found[2], body)
+        elif found := re.fullmatch(rf"/api/models/{hub.model_id}(?:/revision/([^/]+))?", path):
+            there = hub.at(found[1])
+            files = [there.sibling(entry) for entry in there.files()]
+            self._json({"id": hub.model_id, "sha": there.commit, "siblings": files, "tags": []})
+        elif found := re.fullmatch(rf"/api/models/{hub.model_id}/tree/([^/]+)/?.*", path):
+            there = hub.at(found[1])
+            self._json([there.entry(entry) for entry in there.files()])
         else:
             self._send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
 
-    def _file(self, path: Path, body: bool) -> None:
+    def _file(self, there: Hub, name: str, body: bool) -> None:
+        path = there.folder / name
         if not path.is_file():
             self._send(404, b"", body, {"X-Error-Code": "EntryNotFound"})
             return
@@ -112,8 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(self.hub.faults[path.name].pop(0), b"{}", body, {"X-Error-Code": "Fault"})
             return
         content = path.read_bytes()
-        commit = self.hub.commit
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        digest = hashlib.sha1(content).hexdigest()
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": there.commit, "Accept-Ranges": "bytes"}
         if path.name in self.hub.altered:
             content = content[:-1] + bytes([content[-1] ^ 1])
         status, asked = 200, re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))

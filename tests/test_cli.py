@@ -31,19 +31,42 @@ OPTIONS = {
     "direction": COMMON | PROMPTS | {"-o", "--exhaustive", "--cache-limit"},
     "plan": {"--revision", "--json", "-v", "-q"},
     "verify": COMMON | {"--direction", "--template", "--cache-limit"},
-    "evaluate": COMMON | PROMPTS | {"--baseline", "--judge", "--tasks", "--task-path", "--save-completions"},
-    "audit": COMMON | PROMPTS | {"-o", "--exhaustive", "--prompts", "--directions", "--overwrite", "--memory"},
+    "evaluate": COMMON
+    | PROMPTS
+    | {"--cache-limit", "--baseline", "--judge", "--tasks", "--task-path", "--save-completions"},
+    "audit": COMMON
+    | PROMPTS
+    | {"--cache-limit", "-o", "--exhaustive", "--prompts", "--directions", "--overwrite", "--memory"},
     "compare": COMMON
     | (PROMPTS - {"--recipe"})
-    | {"-o", "--recipes", "--convert", "--overwrite", "--inexact", "--max-new-tokens"},
+    | {"--cache-limit", "-o", "--recipes", "--convert", "--overwrite", "--inexact", "--max-new-tokens"},
     "push": {"--private", "--public", "--revision", "--create-pr", "--dry-run", "--json", "-v", "-q"},
-    "patch": {"-o", "--whole", "--overwrite", "--revision", "--trust-remote-code", "--json", "-v", "-q"},
-    "apply": {"--overwrite", "--revision", "--trust-remote-code", "--json", "-v", "-q"},
+    "patch": {
+        "--cache-limit",
+        "-o",
+        "--whole",
+        "--overwrite",
+        "--revision",
+        "--trust-remote-code",
+        "--json",
+        "-v",
+        "-q",
+    },
+    "apply": {"--cache-limit", "--overwrite", "--revision", "--trust-remote-code", "--json", "-v", "-q"},
     "recipes": {"--json"},
     "doctor": {"--json"},
     "completion": set(),
-    "diff": {"--direction", "--save-direction", "--overwrite", "--trust-remote-code", "--json", "-v", "-q"},
-    "inspect": {"--revision", "--base", "--trust-remote-code", "--json", "-v", "-q"},
+    "diff": {
+        "--cache-limit",
+        "--direction",
+        "--save-direction",
+        "--overwrite",
+        "--trust-remote-code",
+        "--json",
+        "-v",
+        "-q",
+    },
+    "inspect": {"--cache-limit", "--revision", "--base", "--trust-remote-code", "--json", "-v", "-q"},
 }
 
 

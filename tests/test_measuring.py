@@ -98,7 +98,7 @@ def test_answers_are_written_where_they_are_asked_for(folder: Path, tmp_path: Pa
 
 def test_a_judge_hears_every_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge, file = Shortest(), tmp_path / "answers.jsonl"
-    monkeypatch.setattr(measuring, "summon", lambda spec, options: lambda: judge)
+    monkeypatch.setattr(measuring, "summon", lambda *_: lambda: judge)
     report = measuring.evaluate(
         str(folder / "other"), baseline=str(folder / "base"), recipe=load_recipe(str(folder / "quick.yaml")),
         options=RunOptions(device="cpu"), extras=Extras(judge="chat:x", save_completions=file),

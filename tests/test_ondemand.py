@@ -5,10 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +14,14 @@ import huggingface_hub
 import pytest
 
 from abliterate import conversion, dryrun, find, verification
-from abliterate.checkpoint import remote as remote_room
-from abliterate.checkpoint import room
+from abliterate.checkpoint import patience, room
 from abliterate.checkpoint.ondemand import located
 from abliterate.errors import AbliterateError, CheckpointError, HubError, OutputError
 from abliterate.subject import RunOptions
 from tests import hub_client, pico
 from tests.commandline import snapshot
 from tests.hub_server import BLOCK, COMMIT, Hub, serving
+from tests.hub_watch import least, passes, shards, watched
 
 MODEL = "org/pico"
 SIZES = {"num_hidden_layers": 8, "intermediate_size": 1000}
@@ -62,47 +60,10 @@ def plain(repository: Path, direction: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr(remote_room, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(patience, "WAITS", (0.0, 0.0))
     with serving(MODEL, repository) as hub:
         hub_client.use(hub, str(tmp_path / "home"), monkeypatch)
         yield hub
-
-
-def shards(hub: Hub) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in hub.files() if path.name.startswith("model-")}
-
-
-def least(hub: Hub) -> int:
-    """Room for the two shards that a layer may lie in."""
-    return 2 * max(shards(hub).values())
-
-
-def passes(hub: Hub) -> float:
-    """How many times the shards went out, without what was read for their headers."""
-    return sum(hub.sent[name] for name in shards(hub)) / sum(shards(hub).values())
-
-
-@contextmanager
-def watched(home: Path) -> Iterator[list[int]]:
-    """The most bytes of shards that are on the disk at any time."""
-    most, stop = [0], threading.Event()
-
-    def look() -> None:
-        while not stop.is_set():
-            try:
-                size = sum(path.stat().st_size for path in (home / "abliterate").glob("*/*/shards/*"))
-            except FileNotFoundError:
-                size = 0  # seen at no one moment: what is there now counts with the next look
-            most[0] = max(most[0], size)
-            time.sleep(0.0005)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield most
-    finally:
-        stop.set()
-        thread.join()
 
 
 def options(limit: int, memory: str = "auto") -> RunOptions:
@@ -324,7 +285,7 @@ def test_offline_the_hubs_cache_is_all_there_is(hub: Hub, monkeypatch: pytest.Mo
     with located(MODEL, None, 1000) as source:
         assert source.keeper is None and source.commit == COMMIT
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(AbliterateError, match="cannot be reached"), located(MODEL, None, 1000):
+    with pytest.raises(AbliterateError, match="HF_HUB_OFFLINE is set"), located(MODEL, None, 1000):
         pass
     assert not hub.sent
 

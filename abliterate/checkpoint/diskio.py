@@ -114,8 +114,11 @@ def new_file(final: Path) -> Iterator[int]:
         raise
 
 
-def check_file_target(path: Path, overwrite: bool = False) -> None:
+def check_file_target(path: Path, overwrite: bool | None = None) -> None:
     """Whether a file can be made at `path`, before the work that fills it.
+
+    Args:
+        overwrite: replace one that is there; None where there is no such option.
 
     Raises:
         OutputError: it is there and not to be overwritten, its folder is not there or cannot be written to, or a folder
@@ -124,7 +127,8 @@ def check_file_target(path: Path, overwrite: bool = False) -> None:
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file to write")
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} is there already; choose another name, or replace it with --overwrite")
+        hint = "" if overwrite is None else ", or replace it with --overwrite"
+        raise OutputError(f"{path} is there already; choose another name{hint}")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent} is not a folder, so {path.name} cannot be written there; make it first")
     if not os.access(path.parent, os.W_OK):

@@ -52,6 +52,11 @@ class Source:
         """The Hub id, or the folder's name (never a path: it goes into what is published)."""
         return self.model_id or self.folder.resolve().name
 
+    @property
+    def called(self) -> str:
+        """The name, and the revision where one was asked for."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
 
 def resolve(model: str, revision: str | None = None) -> Source:
     """Finds a checkpoint, downloading it where needed; without a network the Hub client's cache is used.
@@ -156,10 +161,11 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
         return f"{model_id} is not a folder here, and not on the Hub or private: check the name, or `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
         return f"{model_id} has no revision {revision!r} on the Hub; name a branch, tag or full commit"
-    if isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError):
-        return (
-            f"{model_id} is not a folder here, not whole in the Hub's cache, and the Hub cannot be reached: go online"
-        )
+    if isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError) or _unreached(error):
+        missing = f"{model_id} is not a folder here, not whole in the Hub's cache, and the Hub"
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            return f"{missing} is not asked, since HF_HUB_OFFLINE is set: unset it"
+        return f"{missing} cannot be reached: go online"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return (
             f"disk full while fetching {model_id}: free space, set HF_HOME to a folder on another disk, or give a "
@@ -167,3 +173,8 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
         )
     reason = without_secrets(str(error))[:200]
     return f"{model_id} cannot be fetched from the Hub ({type(error).__name__}: {reason}); try again"
+
+
+def _unreached(error: Exception) -> bool:
+    """Whether no connection came about: httpx's errors, whichever generation of it the client is built on."""
+    return any(kind.__name__ in ("ConnectError", "ConnectTimeout") for kind in type(error).__mro__)

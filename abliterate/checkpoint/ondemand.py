@@ -2,8 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,10 @@ from abliterate.sizes import short
 log = logging.getLogger(__name__)
 
 
+Wanted = tuple[str, str | None]
+"""A folder or a Hub id, and the revision that is asked for."""
+
+
 @contextmanager
 def located(
     model: str,
@@ -43,19 +47,52 @@ def located(
         CheckpointError: see `resolve`.
         HubError: the Hub fails.
     """
+    with located_together([(model, revision)], limit, progress) as (source,):
+        yield source
+
+
+@contextmanager
+def located_together(
+    models: Sequence[Wanted], limit: int | Allowance | None = None, progress: Progress = SILENT
+) -> Iterator[list[Source]]:
+    """`located` for several checkpoints, which have the limit in common: room is whoever's needs it.
+
+    One that is asked for twice is fetched once.
+    """
     if limit is None:
-        yield resolve(model, revision)
-    elif (local := find(model, revision)) is not None:
-        if not isinstance(limit, Allowance):
-            log.warning("%s is a folder here: --cache-limit is for models of the Hub, and changes nothing", model)
-        yield local
-    elif huggingface_hub.constants.HF_HUB_OFFLINE:
-        log.warning("offline: %s is read from the Hub's cache, and --cache-limit changes nothing", model)
-        yield whole(model, revision)
-    else:
-        cache = Path(huggingface_hub.constants.HF_HOME) / "abliterate"
-        with on_demand(model, revision, limit, cache, progress) as source:
-            yield source
+        yield [resolve(model, revision) for model, revision in models]
+        return
+    allowance = Allowance(limit) if isinstance(limit, int) else limit
+    fetched, sources = dict[tuple[str, str], Source](), list[Source]()
+    with ExitStack() as stack:
+        for model, revision in models:
+            source = _at_hand(model, revision)
+            if source is None:
+                model_id, wanted = named(model, revision)
+                remote = look(model_id, wanted)
+                key = model_id, remote.commit
+                if key not in fetched:
+                    fetched[key] = stack.enter_context(_fetching(remote, wanted, allowance, _cache(), progress))
+                source = fetched[key]
+            sources.append(source)
+        if not fetched and allowance is not limit:
+            names = " and ".join(dict.fromkeys(model for model, _ in models))
+            where = "offline and in the Hub's cache" if any(source.model_id for source in sources) else "here"
+            log.warning("nothing is fetched, since %s is %s: --cache-limit changes nothing", names, where)
+        yield sources
+
+
+def _at_hand(model: str, revision: str | None) -> Source | None:
+    """What needs no fetching: a folder, or offline the Hub client's cache."""
+    local = find(model, revision)
+    if local is None and huggingface_hub.constants.HF_HUB_OFFLINE:
+        return whole(model, revision)
+    return local
+
+
+def _cache() -> Path:
+    """Where what is fetched stays for the next run."""
+    return Path(huggingface_hub.constants.HF_HOME) / "abliterate"
 
 
 @contextmanager
@@ -68,7 +105,15 @@ def on_demand(
         cache: the folder where it stays.
     """
     model_id, wanted = named(model, revision)
-    remote = look(model_id, wanted)
+    with _fetching(look(model_id, wanted), wanted, limit, cache, progress) as source:
+        yield source
+
+
+@contextmanager
+def _fetching(
+    remote: Remote, wanted: str | None, limit: int | Allowance, cache: Path, progress: Progress
+) -> Iterator[Source]:
+    model_id = remote.model_id
     with _alone(remote, cache) as home:
         folder = _folder(remote, home.path / "checkpoint" / model_id.rpartition("/")[2], progress)
         shelf = _shelf(remote, folder, home.path / "shards", limit, progress)

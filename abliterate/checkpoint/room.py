@@ -36,8 +36,8 @@ def check_room(model_id: str, revision: str | None) -> None:
     if missing > free:
         raise CheckpointError(
             f"{short(missing)} of {model_id} have to be fetched, and {short(free)} are free in {cache}: "
-            "with --cache-limit SIZE convert, direction and verify fetch shards as they need them, and keep no more "
-            "than SIZE; or free space, or set HF_HOME to a folder on another disk"
+            "with --cache-limit SIZE shards are fetched as they are needed, and no more than SIZE of them kept; or "
+            "free space, or set HF_HOME to a folder on another disk"
         )
 
 

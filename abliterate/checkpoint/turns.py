@@ -17,6 +17,25 @@ def going_first(there: Iterable[int], wanted: int, count: int) -> list[int]:
     return sorted(there, key=lambda number: (number - wanted) % count, reverse=True)
 
 
+def side_by_side(sizes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Numbers for the shards of several checkpoints: one cycle of all, for passes that read them in step.
+
+    A shard comes where it begins in its own checkpoint, as a part of that.
+
+    Args:
+        sizes: of each checkpoint's shards, in bytes.
+    """
+    begins = [
+        (sum(own[:number]) / (sum(own) or 1), member, number)
+        for member, own in enumerate(sizes)
+        for number in range(len(own))
+    ]
+    found = [[0] * len(own) for own in sizes]
+    for turn, (_, member, number) in enumerate(sorted(begins)):
+        found[member][number] = turn
+    return found
+
+
 def least(visits: Visits, sizes: Sequence[int]) -> int:
     """Bytes of the step that needs most at once."""
     return max((sum(sizes[number] for number in set(visit)) for visit in visits), default=0)

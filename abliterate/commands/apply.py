@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from abliterate.completing import complete_folder, complete_model
-from abliterate.options import json_option, remote_code_option, revision_option, voice_options
+from abliterate.options import cache_limit_option, json_option, remote_code_option, revision_option, voice_options
 from abliterate.progress import Progress
 from abliterate.terminal import echo_json, loading, set_up_logging, telling_what_is_left
 
@@ -20,6 +20,7 @@ from abliterate.terminal import echo_json, loading, set_up_logging, telling_what
 @click.option(
     "--overwrite", is_flag=True, help="Replace OUT if it is there, and drop what another command left unfinished."
 )
+@cache_limit_option
 @remote_code_option
 @json_option
 @voice_options
@@ -41,6 +42,7 @@ def apply(patch: Path, base: str, out: Path, as_json: bool, quiet: bool, **given
             revision=given["revision"],
             overwrite=given["overwrite"],
             trust_remote_code=given["trust_remote_code"],
+            cache_limit=given["cache_limit"],
             progress=Progress(False if quiet else None),
         )
     if as_json:

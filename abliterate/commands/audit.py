@@ -8,6 +8,7 @@ import click
 from abliterate.commands.given import recipe_from, run_options_from
 from abliterate.completing import complete_folder
 from abliterate.options import (
+    cache_limit_option,
     exhaustive_option,
     json_option,
     model_argument,
@@ -52,6 +53,7 @@ from abliterate.terminal import echo_json, loading, telling_what_is_left
 )
 @exhaustive_option
 @run_options
+@cache_limit_option
 @click.option("--overwrite", is_flag=True, help="Replace DIR if it is there, and drop what was left unfinished.")
 @json_option
 @voice_options

@@ -8,6 +8,7 @@ import click
 from abliterate.commands.given import recipe_from, run_options_from
 from abliterate.completing import complete_recipes
 from abliterate.options import (
+    cache_limit_option,
     inexact_option,
     json_option,
     max_new_tokens_option,
@@ -42,6 +43,7 @@ from abliterate.terminal import loading, telling_what_is_left
 @revision_option
 @prompt_options
 @run_options
+@cache_limit_option
 @click.option("--overwrite", is_flag=True, help="Replace DIR if it is there.")
 @inexact_option
 @max_new_tokens_option

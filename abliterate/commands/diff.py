@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from abliterate.completing import complete_model
-from abliterate.options import json_option, remote_code_option, voice_options
+from abliterate.options import cache_limit_option, json_option, remote_code_option, voice_options
 from abliterate.progress import Progress
 from abliterate.terminal import echo_json, loading, set_up_logging
 
@@ -27,6 +27,7 @@ from abliterate.terminal import echo_json, loading, set_up_logging
     help="Write the direction that was recovered from the differences, as a file for --direction.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the FILE of --save-direction if it is there.")
+@cache_limit_option
 @remote_code_option
 @json_option
 @voice_options
@@ -69,6 +70,7 @@ def diff(
         save_direction=save_direction,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        cache_limit=given["cache_limit"],
         progress=progress,
     )
     if as_json:

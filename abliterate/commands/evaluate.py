@@ -1,6 +1,7 @@
 """`abliterate evaluate`."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 from abliterate.commands.given import recipe_from, run_options_from
 from abliterate.completing import complete_model
 from abliterate.options import (
+    cache_limit_option,
     json_option,
     judge_option,
     max_new_tokens_option,
@@ -20,7 +22,7 @@ from abliterate.options import (
     task_options,
     voice_options,
 )
-from abliterate.terminal import echo_json, loading
+from abliterate.terminal import echo_json, loading, telling_what_is_left
 
 
 @click.command()
@@ -35,6 +37,7 @@ from abliterate.terminal import echo_json, loading
 @revision_option
 @prompt_options
 @run_options
+@cache_limit_option
 @max_new_tokens_option
 @judge_option
 @task_options
@@ -65,14 +68,15 @@ def evaluate(
         from abliterate import measuring
         from abliterate.publish.summary import print_evaluation
 
-    report = measuring.evaluate(
-        model,
-        baseline=baseline,
-        revision=given["revision"],
-        recipe=recipe_from(given),
-        options=run_options_from(given),
-        extras=measuring.Extras(judge, tasks, task_path, save_completions),
-    )
+    with telling_what_is_left(save_completions) if save_completions else nullcontext():
+        report = measuring.evaluate(
+            model,
+            baseline=baseline,
+            revision=given["revision"],
+            recipe=recipe_from(given),
+            options=run_options_from(given),
+            extras=measuring.Extras(judge, tasks, task_path, save_completions),
+        )
     if as_json:
         echo_json(dataclasses.asdict(report))
     elif not given["quiet"]:

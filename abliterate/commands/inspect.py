@@ -6,7 +6,7 @@ import click
 
 from abliterate.completing import complete_model
 from abliterate.errors import AbliterateError
-from abliterate.options import json_option, remote_code_option, revision_option, voice_options
+from abliterate.options import cache_limit_option, json_option, remote_code_option, revision_option, voice_options
 from abliterate.progress import Progress
 from abliterate.terminal import echo_json, loading, set_up_logging
 
@@ -20,6 +20,7 @@ from abliterate.terminal import echo_json, loading, set_up_logging
     shell_complete=complete_model,
     help="The base that it is said to be made from, to compare too: folder or Hub id.",
 )
+@cache_limit_option
 @remote_code_option
 @json_option
 @voice_options
@@ -39,7 +40,14 @@ def inspect(
 
     set_up_logging(given)
     progress = Progress(False if given["quiet"] else None)
-    found = look(checkpoint, revision=revision, base=base, trust_remote_code=trust_remote_code, progress=progress)
+    found = look(
+        checkpoint,
+        revision=revision,
+        base=base,
+        trust_remote_code=trust_remote_code,
+        cache_limit=given["cache_limit"],
+        progress=progress,
+    )
     if as_json:
         echo_json(inspection_record(found))
     elif not given["quiet"]:

@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from abliterate.completing import complete_folder, complete_model
-from abliterate.options import json_option, remote_code_option, revision_option, voice_options
+from abliterate.options import cache_limit_option, json_option, remote_code_option, revision_option, voice_options
 from abliterate.progress import Progress
 from abliterate.terminal import echo_json, loading, set_up_logging
 
 
 @click.command()
 @click.argument("base", shell_complete=complete_model)
-@click.argument("edited", type=click.Path(path_type=Path), shell_complete=complete_folder)
+@click.argument("edited", type=click.Path(path_type=Path, file_okay=False), shell_complete=complete_folder)
 @click.option(
     "-o",
     "--out",
@@ -28,6 +28,7 @@ from abliterate.terminal import echo_json, loading, set_up_logging
     "--whole", is_flag=True, help="Also keep the candidate grid and the plots to the byte; several times larger."
 )
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
+@cache_limit_option
 @remote_code_option
 @json_option
 @voice_options
@@ -49,6 +50,7 @@ def patch(base: str, edited: Path, out: Path, as_json: bool, quiet: bool, **give
         whole=given["whole"],
         overwrite=given["overwrite"],
         trust_remote_code=given["trust_remote_code"],
+        cache_limit=given["cache_limit"],
         progress=Progress(False if quiet else None),
     )
     if as_json:

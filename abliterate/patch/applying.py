@@ -8,8 +8,10 @@ from pathlib import Path
 from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.files import Checkpoint, open_checkpoint
 from abliterate.checkpoint.fingerprint import fingerprint
+from abliterate.checkpoint.keeper import unfilled
 from abliterate.checkpoint.listing import FileRecord, files_by_name, hashed
-from abliterate.checkpoint.locate import Source, find, resolve
+from abliterate.checkpoint.locate import Source, find
+from abliterate.checkpoint.ondemand import located
 from abliterate.checkpoint.output import check_target, tidy
 from abliterate.checkpoint.rewrite import ShardRecord, rewrite_checkpoint
 from abliterate.errors import PatchError, one_line, some
@@ -26,6 +28,7 @@ from abliterate.patch.rebuild import (
 from abliterate.progress import SILENT, Progress
 from abliterate.resume import bytes_in, keep_only, working
 from abliterate.subject import Subject, plan_of, versions
+from abliterate.traffic import tell_rewrite
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ def apply_patch(
     revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    cache_limit: int | None = None,
     progress: Progress = SILENT,
 ) -> Applied:
     """Rebuilds the files of a conversion; a run that was stopped is continued by the same call.
@@ -62,6 +66,7 @@ def apply_patch(
         base: a folder, or a Hub id; of the patch's own id the commit that it was made from is taken.
         out: the folder to make; it exists only when every file in it is, by hash, the one that the patch names.
         overwrite: replace what is in `out`.
+        cache_limit: bytes of a Hub model's shards that may be on the disk at once; None downloads it whole.
 
     Raises:
         PatchError: the patch is damaged, the base is another one, or other bytes come out; there is no OUT then.
@@ -70,14 +75,21 @@ def apply_patch(
     read, local = read_patch(Path(patch)), find(base, revision)
     tidy(Path(out))
     check_target(Path(out), overwrite=overwrite, inputs=[local.folder] if local else [])
-    source = local or resolve(base, _revision(base, revision, read))
-    subject = _subject(source, read, trust_remote_code)
+    wanted = None if local else _revision(base, revision, read)
+    with located(base, wanted, cache_limit, progress) as source:
+        subject = _subject(source, read, trust_remote_code)
+        tell_rewrite(subject)
+        return _applied(subject, read, Path(out), overwrite, progress)
+
+
+def _applied(subject: Subject, read: Patch, out: Path, overwrite: bool, progress: Progress) -> Applied:
     checkpoint = subject.checkpoint
     identity = {"patch": read.sha256, "files of the base": fingerprint(checkpoint), "versions": versions()}
-    with working(Path(out), checkpoint, identity, overwrite=overwrite, progress=progress) as (staging, journal):
-        folder = staging.folder
-        check_space(folder, sum(record.bytes for record in _output(read, checkpoint).values()) - bytes_in(folder))
-        journal.stage("base", bool, lambda: _check_base(read, checkpoint, source.folder, progress))
+    with working(out, checkpoint, identity, overwrite=overwrite, progress=progress) as (staging, journal):
+        folder, shelf = staging.folder, unfilled(checkpoint.keeper, staging.folder)
+        size = sum(record.bytes for record in _output(read, checkpoint).values())
+        check_space(folder, size - bytes_in(folder) + shelf)
+        journal.stage("base", bool, lambda: _check_base(read, subject, progress))
         work = work_of(subject, read)
         keep_only(folder, journal.shards)
         shards = _rewrite(subject, work, folder, journal, progress)
@@ -93,7 +105,7 @@ def _revision(base: str, revision: str | None, patch: Patch) -> str | None:
 
 def _subject(source: Source, patch: Patch, trust_remote_code: bool) -> Subject:
     """The base, once its files have the names and sizes that the patch names: a wrong one is told at once."""
-    checkpoint = open_checkpoint(source.folder)
+    checkpoint = open_checkpoint(source.folder, source.keeper)
     wanted, files = patch.about.base.files, base_files(checkpoint)
     for name, record in wanted.items():
         if name not in files:
@@ -109,17 +121,17 @@ def _subject(source: Source, patch: Patch, trust_remote_code: bool) -> Subject:
     return Subject(source, checkpoint, plan_of(checkpoint, trust_remote_code, patch.about.edit.inexact))
 
 
-def _check_base(patch: Patch, checkpoint: Checkpoint, folder: Path, progress: Progress) -> bool:
+def _check_base(patch: Patch, subject: Subject, progress: Progress) -> bool:
     """Hashes the base before anything is written.
 
     Raises:
         PatchError: naming the files that are other ones.
     """
-    wanted = patch.about.base.files
+    wanted, checkpoint = patch.about.base.files, subject.checkpoint
     files = {name: path for name, path in base_files(checkpoint).items() if name in wanted}
-    wrong = differing(hashed(files, "base", progress), wanted)
+    wrong = differing(hashed(files, "base", progress, checkpoint.shards), wanted)
     if wrong:
-        raise _other_base(folder, wrong, patch)
+        raise _other_base(subject.folder, wrong, patch)
     return True
 
 

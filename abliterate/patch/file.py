@@ -130,6 +130,8 @@ def read_patch(path: Path) -> Patch:
     Raises:
         PatchError: it is none, is damaged, or of another version.
     """
+    if not path.exists():
+        raise PatchError(f"no patch file {path}; make one with `abliterate patch`")
     try:
         header = read_header(path)
         if header.file_size > MOST_BYTES:

@@ -31,7 +31,8 @@ from abliterate.patch.rebuild import (
 from abliterate.progress import SILENT, Progress
 from abliterate.publish.manifest import MANIFEST_NAME, read_manifest
 from abliterate.publish.plots import PLOTS
-from abliterate.subject import Subject, open_subject
+from abliterate.subject import RunOptions, Subject, opened
+from abliterate.traffic import tell_rewrite
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def make_patch(
     whole: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    cache_limit: int | None = None,
     progress: Progress = SILENT,
 ) -> Patch:
     """Writes the patch that turns a base into what it was converted to, once it has done so here.
@@ -57,27 +59,30 @@ def make_patch(
         edited: the folder that `convert` made of it.
         out: the file to write.
         whole: with the candidate grid and the plots, so that those are rebuilt byte for byte as well.
+        cache_limit: bytes of a Hub model's shards that may be on the disk at once; None downloads it whole.
 
     Raises:
         PatchError: the folder is no conversion of the base, was changed since, or does not come out the same again.
         OutputError: the file cannot be written.
     """
     folder, path = Path(edited), Path(out)
-    check_file_target(path, overwrite)
+    check_patch_target(path, folder, overwrite)
     manifest = read_manifest(folder)
-    subject = open_subject(base, revision, trust_remote_code, inexact=_of(manifest, "edit", "inexact") is not None)
-    records = _Records.taken(subject, folder, manifest, progress)
-    return write_patch(subject, folder, path, records, whole=whole, prove=True, progress=progress)
+    options = RunOptions(trust_remote_code=trust_remote_code, cache_limit=cache_limit, progress=progress)
+    with opened(base, revision, options, _of(manifest, "edit", "inexact") is not None) as subject:
+        tell_rewrite(subject)
+        records = _Records.taken(subject, folder, manifest, progress)
+        return write_patch(subject, folder, path, records, whole=whole, prove=True, progress=progress)
 
 
 def check_patch_target(path: Path, out: Path, overwrite: bool) -> None:
-    """Whether the patch of an OUT to come can be written.
+    """Whether the patch of a conversion, which may be to come, can be written.
 
     Raises:
         OutputError: it cannot, or would lie in OUT.
     """
     if path.resolve().is_relative_to(out.resolve()):
-        raise OutputError(f"the patch {path} would lie in OUT, which it is there to replace; choose another place")
+        raise OutputError(f"the patch {path} would lie in {out}, which it is there to replace; choose another place")
     check_file_target(path, overwrite)
 
 
@@ -122,8 +127,10 @@ class _Records:
     @classmethod
     def taken(cls, subject: Subject, folder: Path, manifest: Mapping[str, Any], progress: Progress) -> "_Records":
         """From the files, held against the manifest."""
+        checkpoint = subject.checkpoint
         records = cls(
-            hashed(base_files(subject.checkpoint), "base", progress), hashed(_output_files(folder), "edited", progress)
+            hashed(base_files(checkpoint), "base", progress, checkpoint.shards),
+            hashed(_output_files(folder), "edited", progress),
         )
         for found, part, what in (
             (records.base, "base", f"{subject.name} is not what {folder} was made from"),

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -117,11 +118,11 @@ def test_without_a_key_none_is_sent(server: Server) -> None:
 
 def test_the_key_comes_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    made = summon(parse_judge(f"{server.address}#m"), RunOptions())()
+    made = summon(parse_judge(f"{server.address}#m"), RunOptions(), ExitStack())()
     assert server.seen[0][1]["Authorization"] == f"Bearer {KEY}", "asked once, before anything else"
     assert made.name == "m at 127.0.0.1" and KEY not in repr(made)
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    summon(parse_judge(f"{server.address}#m"), RunOptions())
+    summon(parse_judge(f"{server.address}#m"), RunOptions(), ExitStack())
     assert "Authorization" not in server.seen[1][1]
 
 

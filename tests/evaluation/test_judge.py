@@ -1,6 +1,7 @@
 """Judges that run here, and which of them a specification means."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +166,13 @@ def test_what_means_no_judge(text: str, message: str) -> None:
 
 def test_judges_are_found_before_they_are_needed(tmp_path: Path) -> None:
     with pytest.raises(AbliterateError, match="not a folder here"):
-        summon(parse_judge("chat:no such/folder/here"), RunOptions())
+        summon(parse_judge("chat:no such/folder/here"), RunOptions(), ExitStack())
     folder = classifier(tmp_path / "mine")
-    made = summon(parse_judge(f"classifier:{folder}"), RunOptions(device="cpu"))
+    made = summon(parse_judge(f"classifier:{folder}"), RunOptions(device="cpu"), ExitStack())
     assert made().name == "mine"
     base = pico.save(tmp_path / "base", "llama")
     with pytest.raises(AbliterateError, match=r"tokenizer|chat template"):
-        summon(parse_judge(f"chat:{base}"), RunOptions(device="cpu"))().refusals(exchanges())
+        summon(parse_judge(f"chat:{base}"), RunOptions(device="cpu"), ExitStack())().refusals(exchanges())
 
 
 def test_a_judge_of_chat_models_from_its_folder(tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_a_judge_of_chat_models_from_its_folder(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path / "judge")
     TOKENIZER.save_pretrained(tmp_path / "judge")
     options = RunOptions(device="cpu", system_prompt="for the other model", template="chatml")
-    judge = summon(parse_judge(f"chat:{tmp_path / 'judge'}"), options)()
+    judge = summon(parse_judge(f"chat:{tmp_path / 'judge'}"), options, ExitStack())()
     assert isinstance(judge, ChatJudge) and judge.name == "judge"
     assert judge.chat.source == "model" and judge.chat.system_prompt is None
     assert all(isinstance(flag, bool) for flag in judge.refusals(exchanges()[:2]))

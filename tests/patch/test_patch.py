@@ -236,7 +236,7 @@ def test_a_file_of_the_users_own_stays_out(
 
 def test_places_that_cannot_be_written_are_told_first(base: Path, edited: Path, tmp_path: Path) -> None:
     out, direction = tmp_path / "out", pico.direction_file(tmp_path / "r.safetensors")
-    with pytest.raises(OutputError, match="would lie in OUT"):
+    with pytest.raises(OutputError, match="would lie in "):
         conversion.convert(str(base), out, direction=direction, evaluate=False, patch=out / "a.patch")
     (tmp_path / "a.patch").write_text("there")
     with pytest.raises(OutputError, match="is there already"):
@@ -338,12 +338,12 @@ def test_of_the_hub_the_very_commit_is_taken(patch: Path, base: Path, monkeypatc
     hub = replace(read, about=replace(read.about, base=replace(read.about.base, id="org/name", commit=commit)))
     asked: list[object] = []
 
-    def resolve(model: str, revision: str | None) -> None:
+    def located(model: str, revision: str | None, *_: object) -> None:
         asked.append((model, revision))
         raise CheckpointError("enough")
 
     monkeypatch.setattr(applying, "read_patch", lambda path: hub)
-    monkeypatch.setattr(applying, "resolve", resolve)
+    monkeypatch.setattr(applying, "located", located)
     for model, revision in (("org/name", None), ("org/name", "main"), ("org/name@v1", None), ("org/other", None)):
         with pytest.raises(CheckpointError, match="enough"):
             apply_patch(patch, model, patch.parent / "out", revision=revision)
