@@ -1,31 +1,31 @@
 """`abliterate convert --adapter`: the edit as an adapter to the base, in place of a checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from abliterate.adapter.files import CONFIG, WEIGHTS
-from abliterate.adapter.making import Adapter, make_adapter, place
+from abliterate.adapter.making import make_adapter, place
+from abliterate.adapter.outline import Outline, outline
+from abliterate.adapter_record import adapter_record
 from abliterate.architecture.blueprint import Blueprint, read_blueprint
 from abliterate.checkpoint.diskio import disk_errors
 from abliterate.checkpoint.files import DIRECTION_FILE
-from abliterate.checkpoint.listing import hashed, record_of
 from abliterate.checkpoint.locate import find
 from abliterate.checkpoint.output import check_target, tidy
 from abliterate.conversion import prepare
 from abliterate.direction.files import direction_bytes, load_cut
 from abliterate.identity import identity_of
-from abliterate.job import BaseFindings, Job
+from abliterate.job import Job, passes_of
+from abliterate.merged import prove_merged
 from abliterate.publish.adapter_card import render_adapter_card
 from abliterate.publish.manifest import MANIFEST_NAME, manifest_bytes, portable_manifest
 from abliterate.recipe import Recipe
-from abliterate.record import removal_record, selection_record, tool_record
 from abliterate.resume import keep_only, working
 from abliterate.studying import study_base
-from abliterate.subject import RunOptions, open_subject
-
-SCHEMA = "abliteration-adapter/1"
+from abliterate.subject import RunOptions, opened
+from abliterate.traffic import BESIDE_ANSWERS, CERTIFICATE, Passes, tell_traffic
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def adapt(
     revision: str | None = None,
     direction: Path | str | None = None,
     options: RunOptions | None = None,
+    evaluate: bool = True,
     overwrite: bool = False,
 ) -> Adapted:
     """Finds what `convert` would remove, and writes it as an adapter in PEFT's format.
@@ -57,6 +58,7 @@ def adapt(
         model: a folder, or a Hub id (`org/name`, `org/name@revision`).
         out: the folder to make; it exists only when whole.
         recipe, direction: see `convert`.
+        evaluate: measure refusals, over-refusals, KL and loss, before and with the adapter merged.
 
     Raises:
         AdapterError: no adapter gives this edit.
@@ -66,108 +68,68 @@ def adapt(
     tidy(Path(out))
     check_target(Path(out), overwrite=overwrite, inputs=[local.folder] if local else [])
     options = options or RunOptions()
-    subject = open_subject(model, revision, options.trust_remote_code, options.inexact)
-    job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=False)
-    blueprint = check_adaptable(job)
-    identity = {**identity_of(job), "adapter": "peft"}
-    inexact, progress = options.inexact, options.progress
-    with working(Path(out), subject.checkpoint, identity, overwrite=overwrite, progress=progress) as (staging, journal):
-        keep_only(staging.folder, {})
+    with opened(model, revision, options, options.inexact) as subject:
+        job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
+        blueprint, _ = check_adaptable(job)
+        tell_traffic(subject, options, passes_of_adapter(job))
+        return _adapted(job, blueprint, Path(out), overwrite)
+
+
+def _adapted(job: Job, blueprint: Blueprint, out: Path, overwrite: bool) -> Adapted:
+    subject, inexact, progress = job.subject, job.options.inexact, job.options.progress
+    identity = identity_of_adapter(job)
+    with working(out, subject.checkpoint, identity, overwrite=overwrite, progress=progress) as (staging, journal):
+        folder = staging.folder
+        keep_only(folder, {})
+        job = replace(job, options=replace(job.options, scratch=folder))
         findings = study_base(job, journal)
         base = (subject.name, subject.source.commit or subject.source.revision)
         adapter = make_adapter(subject.checkpoint, subject.plan, blueprint, findings.cut, base, progress, inexact)
         file = direction_bytes(findings.cut.main[0], cut=findings.cut)
-        manifest = portable_manifest(_describe(job, findings, adapter, file))
-        _write(job, adapter, file, manifest, staging.folder, Path(out).resolve().name)
+        _write(folder, {CONFIG: adapter.config, WEIGHTS: adapter.weights, DIRECTION_FILE: file})
+        merged = prove_merged(job, blueprint, findings, adapter, folder, journal)
+        manifest = portable_manifest(adapter_record(job, findings, adapter, file, merged))
+        card = _card(job, manifest, out.resolve().name)
+        _write(folder, {MANIFEST_NAME: manifest_bytes(manifest), "README.md": card.encode()})
         return Adapted(staging.publish(), manifest)
 
 
-def check_adaptable(job: Job) -> Blueprint:
-    """What can be told before anything is calibrated; returns the running model, without weights.
+def passes_of_adapter(job: Job) -> Passes:
+    """Over the base, which is also what is run with the adapter merged."""
+    before = passes_of(job)
+    after = CERTIFICATE + (before.answers + BESIDE_ANSWERS + 1) * job.evaluate
+    # factors, shares before and merged, and hashes where nobody vouches for them
+    return Passes(before.model + after, before.reads + 1, 2 * before.answers, before.fewer)
+
+
+def identity_of_adapter(job: Job) -> dict[str, Any]:
+    """See `identity_of`."""
+    return {**identity_of(job), "adapter": "peft"}
+
+
+def check_adaptable(job: Job) -> tuple[Blueprint, Outline]:
+    """What can be told before anything is calibrated: the running model, without weights, and the adapter's outline.
 
     Raises:
         AdapterError: no adapter gives an edit of this recipe.
     """
-    plan, edit, options = job.subject.plan, job.recipe.edit, job.options
-    blueprint = read_blueprint(job.subject.folder, job.subject.checkpoint.config, options.trust_remote_code)
+    plan, edit, options, checkpoint = job.subject.plan, job.recipe.edit, job.options, job.subject.checkpoint
+    blueprint = read_blueprint(job.subject.folder, checkpoint.config, options.trust_remote_code)
     keep, cut = edit.norms == "kept", None
     if job.direction_file is not None:
         cut = load_cut(job.direction_file, plan.hidden_size, plan.num_layers, edit.strength, keep)
-    place(plan, blueprint, cut, cut.keep_norms if cut else keep, options.inexact)
-    return blueprint
+    placed = place(plan, blueprint, cut, cut.keep_norms if cut else keep, options.inexact)
+    planned = edit.count if edit.directions == "subspace" else 1
+    return blueprint, outline(placed, checkpoint, plan, cut.bases.shape[1] if cut else planned)
 
 
-def _write(job: Job, adapter: Adapter, direction: bytes, manifest: Mapping[str, Any], folder: Path, name: str) -> None:
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    with disk_errors(folder, sum(map(len, files.values()))):
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
+def _card(job: Job, manifest: Mapping[str, Any], name: str) -> str:
     base_card = job.subject.folder / "README.md"
     text = base_card.read_text(encoding="utf-8", errors="replace") if base_card.is_file() else None
-    card = render_adapter_card(manifest, text, name)
-    files = {
-        CONFIG: adapter.config,
-        WEIGHTS: adapter.weights,
-        DIRECTION_FILE: direction,
-        MANIFEST_NAME: manifest_bytes(manifest),
-        "README.md": card.encode(),
-    }
-    with disk_errors(folder, sum(map(len, files.values()))):
-        for file, content in files.items():
-            (folder / file).write_bytes(content)
-
-
-def _describe(job: Job, findings: BaseFindings, adapter: Adapter, direction: bytes) -> dict[str, Any]:
-    """The manifest, in the parts that it shares with that of a checkpoint."""
-    subject, found, cut = job.subject, findings.found, findings.cut
-    plan, options = subject.plan, job.options
-    shards = {shard.path.name: shard.path for shard in subject.checkpoint.shards}
-    records = hashed(shards, "base", options.progress) if options.hash_files else {}
-    written = {CONFIG: adapter.config, WEIGHTS: adapter.weights, DIRECTION_FILE: direction}
-    thresholds = {k: v for k, v in job.recipe.as_dict()["selection"].items() if k != "exhaustive"}
-    embedded = any(each.tensor == plan.embedding for each in adapter.held)
-    return {
-        "schema": SCHEMA,
-        "tool": tool_record(),
-        "base": {
-            "id": subject.name,
-            "source": "hub" if subject.source.model_id else "local",
-            "revision": subject.source.revision,
-            "commit": subject.source.commit,
-            "model_type": plan.model_type,
-            "dtype": sorted({info.dtype for info in subject.checkpoint.tensors.values()}),
-            "shards": [{"name": name, **(asdict(records[name]) if records else {})} for name in shards],
-        },
-        "recipe": job.recipe.as_dict(),
-        "calibration": findings.calibration,
-        "selection": selection_record(found.selection, thresholds) if found else None,
-        "search": asdict(found.search) if found and found.search else None,
-        "direction": {
-            "file": DIRECTION_FILE,
-            "sha256": record_of(direction).sha256,
-            "source": "calibrated" if found else "file",
-            "hidden_size": plan.hidden_size,
-        },
-        "edit": {
-            "family": plan.family,
-            "probed": plan.probed,
-            "inexact": plan.inexact,
-            "head": "shared" if plan.tied and embedded else "separate",
-            "strength": cut.uniform_strength,
-            "removes": removal_record(cut),
-            "rank": adapter.rank,
-            "plain": adapter.plain,
-            "tensors": [asdict(each) for each in adapter.held],
-            "left_out": [asdict(each) for each in adapter.left_out],
-        },
-        "output": {name: asdict(record_of(content)) for name, content in written.items()},
-        "warnings": _warnings(findings, adapter),
-        "reproduce": f"{job.command} --adapter peft",
-    }
-
-
-def _warnings(findings: BaseFindings, adapter: Adapter) -> list[str]:
-    """What a user has to know before using the result."""
-    warnings = []
-    if findings.found and findings.found.selection.choice.relaxed:
-        warnings.append(f"selection relaxed: {findings.found.selection.choice.reason}")
-    warnings += [f"{each.tensor} is not in the adapter: {each.why}" for each in adapter.lacking]
-    if findings.cut.leaves:
-        warnings.append(findings.cut.leaves)
-    return warnings
+    return render_adapter_card(manifest, text, name)

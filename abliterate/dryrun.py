@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from abliterate.adapter.outline import Outline
+from abliterate.adapting import check_adaptable, identity_of_adapter, passes_of_adapter
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.load import pick_device, pick_dtype
 from abliterate.checkpoint.diskio import check_space
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.glimpse import glimpse
+from abliterate.checkpoint.keeper import unfilled
 from abliterate.checkpoint.output import check_target
 from abliterate.conversion import prepare
 from abliterate.hub.explain import client_log
@@ -16,6 +19,7 @@ from abliterate.identity import identity_of
 from abliterate.job import Job, passes_of, return_of
 from abliterate.recipe import Recipe
 from abliterate.resume import outlook
+from abliterate.sizes import short
 from abliterate.space import space_needed
 from abliterate.subject import RunOptions, placement_of, subject_at
 from abliterate.traffic import traffic_words
@@ -64,6 +68,55 @@ def dry_run(
         return DryRun(job.subject.plan, job.subject.checkpoint, "; ".join(filter(None, words)))
 
 
+@dataclass(frozen=True)
+class AdapterDryRun:
+    """What making an adapter would come to: its outline, and one line in words."""
+
+    outline: Outline
+    summary: str
+
+
+def adapter_dry_run(
+    model: str,
+    out: Path | str,
+    *,
+    recipe: Recipe | str = "refusal",
+    revision: str | None = None,
+    direction: Path | str | None = None,
+    options: RunOptions | None = None,
+    evaluate: bool = True,
+    overwrite: bool = False,
+) -> AdapterDryRun:
+    """`dry_run` of `adapt`.
+
+    Raises:
+        AbliterateError: `adapt` would fail in the same way.
+    """
+    options = options or RunOptions()
+    with glimpse(model, revision, options.cache_limit) as source:
+        subject = subject_at(source, options.trust_remote_code, options.inexact)
+        job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
+        _, planned = check_adaptable(job)
+        check_target(Path(out), overwrite=overwrite, inputs=[job.subject.folder])
+        left = outlook(Path(out), identity_of_adapter(job), overwrite=overwrite, files=subject.source.model_id is None)
+        place = next(parent for parent in Path(out).resolve().parents if parent.exists())
+        check_space(place, planned.bytes + unfilled(subject.checkpoint.keeper, place))
+        words = (
+            _adapter_summary(job, planned, Path(out)),
+            traffic_words(subject, options, passes_of_adapter(job)),
+            left,
+        )
+        return AdapterDryRun(planned, "; ".join(filter(None, words)))
+
+
+def _adapter_summary(job: Job, planned: Outline, out: Path) -> str:
+    return (
+        f"a LoRA of rank {planned.rank} for {len(planned.parts)} tensors along {_direction_words(job)}, "
+        f"{short(planned.bytes)} in float32, would be written to {out}, and "
+        f"{'evaluated and measured' if job.evaluate else 'measured'} as it is merged; {_running(job)}"
+    )
+
+
 def _push_summary(to: Destination) -> str:
     """What would be pushed where; asks the Hub, and makes nothing there."""
     with client_log():
@@ -75,14 +128,21 @@ def _push_summary(to: Destination) -> str:
 
 def _summary(job: Job, out: Path, drops: bool) -> str:
     plan, checkpoint = job.subject.plan, job.subject.checkpoint
-    source = f"the direction in {job.direction_file}" if job.direction_file else "a direction found by calibration"
+    shards = f"written to {out}" if not drops else f"sent to the Hub and not kept, the rest written to {out}"
+    return (
+        f"{len(plan.writers)} residual writers of {len(checkpoint.tensors)} tensors would be edited along "
+        f"{_direction_words(job)}, and {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.shards)} shards {shards}; "
+        f"{_running(job)}"
+    )
+
+
+def _direction_words(job: Job) -> str:
+    return f"the direction in {job.direction_file}" if job.direction_file else "a direction found by calibration"
+
+
+def _running(job: Job) -> str:
     device = pick_device(job.options.device)
     dtype = pick_dtype(job.options.dtype, device, job.subject.stored_dtype)
     placement = placement_of(job.subject, job.options, dtype, device)
     weights = "streamed layer by layer" if placement.streamed else "kept in memory"
-    shards = f"written to {out}" if not drops else f"sent to the Hub and not kept, the rest written to {out}"
-    return (
-        f"{len(plan.writers)} residual writers of {len(checkpoint.tensors)} tensors would be edited along {source}, "
-        f"and {checkpoint.nbytes / 1e9:.2f} GB in {len(checkpoint.shards)} shards {shards}; "
-        f"models would run with their weights {weights} ({placement.reason})"
-    )
+    return f"models would run with their weights {weights} ({placement.reason})"

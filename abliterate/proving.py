@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abliterate.calibration.chat import ChatFormat, make_chat_format
-from abliterate.calibration.load import has_tokenizer, load_tokenizer
+from abliterate.calibration.load import Changes, has_tokenizer, load_tokenizer
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.pictures import picture_inputs
 from abliterate.calibration.prompts import builtin
@@ -94,13 +94,16 @@ def _text(subject: Subject, tongue: Tongue) -> StreamText:
     return StreamText(ids.tolist(), "random")
 
 
-def certify_stream(subject: Subject, options: RunOptions, text: StreamText, direction: Tensor) -> StreamResidual:
-    """The stream part, in fp32; on the CPU where the device has no room for that."""
+def certify_stream(
+    subject: Subject, options: RunOptions, text: StreamText, direction: Tensor, changes: Changes | None = None
+) -> StreamResidual:
+    """The stream part, in fp32; on the CPU where the device has no room for that. `changes` are made to weights."""
     try:
-        return run_stream(load_model(subject, options, dtype="float32"), subject, options, text, direction)
+        model = load_model(subject, options, dtype="float32", changes=changes)
+        return run_stream(model, subject, options, text, direction)
     except torch.OutOfMemoryError:
         log.warning("the device has no room for the weights in float32: the certificate is measured on the CPU")
-    model = load_model(subject, replace(options, device="cpu"), dtype="float32")
+    model = load_model(subject, replace(options, device="cpu"), dtype="float32", changes=changes)
     return run_stream(model, subject, options, text, direction)
 
 

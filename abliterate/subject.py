@@ -14,7 +14,7 @@ from abliterate.architecture.blueprint import read_blueprint
 from abliterate.architecture.entry import check_type, find_entry
 from abliterate.architecture.plan import plan_architecture
 from abliterate.architecture.writer import Plan
-from abliterate.calibration.load import load_resident, load_tokenizer, pick_device, pick_dtype
+from abliterate.calibration.load import Changes, load_resident, load_tokenizer, pick_device, pick_dtype
 from abliterate.calibration.memory import Need, Placement, need_of, place, place_fetched
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.streaming import load_streamed
@@ -162,9 +162,15 @@ def plan_of(checkpoint: Checkpoint, trust_remote_code: bool = False, inexact: bo
 
 
 def load_model(
-    subject: Subject, options: RunOptions, *, dtype: str | None = None, tied_head: bool = False, tokenizer: Any = None
+    subject: Subject,
+    options: RunOptions,
+    *,
+    dtype: str | None = None,
+    tied_head: bool = False,
+    tokenizer: Any = None,
+    changes: Changes | None = None,
 ) -> LanguageModel:
-    """Loads the weights as the options say; `dtype` overrides them."""
+    """Loads the weights as the options say; `dtype` overrides them, and `changes` are made to them."""
     device = pick_device(options.device)
     computing = pick_dtype(dtype or options.dtype, device, subject.stored_dtype)
     placement = placement_of(subject, options, computing, device)
@@ -178,6 +184,7 @@ def load_model(
         "trust_remote_code": options.trust_remote_code,
         "tied_head": tied_head,
         "tokenizer": tokenizer,
+        "changes": changes,
     }
     if not placement.streamed:
         return load_resident(subject.folder, subject.plan, spread=placement.spread, **common)

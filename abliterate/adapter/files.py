@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,34 @@ def adapter_tensors(target: Target, factors: Sequence[Factors], rank: int) -> di
         f"{module}.lora_A.weight": _wide(a, 1, rank).flatten(0, 1),
         f"{module}.lora_B.weight": b[:, :, None].expand(-1, -1, len(a)).reshape(len(b), -1).contiguous(),
     }
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The factors of one module as they are in the file.
+
+    Attributes:
+        a: [rank, n] fp32, or [experts, rank, n]. `b`: [hidden, rank] fp32, or [hidden, rank, experts].
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def of(self, expert: int) -> "Stored":
+        """Of one of the experts."""
+        return Stored(self.a[expert], self.b[:, :, expert])
+
+
+def read_factors(tensors: Mapping[str, Tensor], target: Target, rank: int) -> Stored:
+    """The other way round than `adapter_tensors`."""
+    name = f"{PREFIX}{target.module}"
+    if target.kind == "embedding":
+        return Stored(tensors[f"{name}.lora_embedding_A"], tensors[f"{name}.lora_embedding_B"])
+    if target.kind == "linear":
+        return Stored(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"])
+    module = f"{PREFIX}{target.module.rpartition('.')[0]}"
+    a, b = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
+    return Stored(a.reshape(-1, rank, a.shape[1]), b.reshape(len(b), rank, -1))
 
 
 def bias_name(module: str, wrapped: Collection[str]) -> str:

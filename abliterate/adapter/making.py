@@ -43,7 +43,7 @@ class Adapter:
 
     Attributes:
         config, weights: the files' bytes.
-        held: what it holds. `left_out`: what it does not.
+        held: what it holds. `left_out`: what it does not. `targets`: where it is.
     """
 
     config: bytes
@@ -51,6 +51,7 @@ class Adapter:
     rank: int
     held: tuple[Held, ...]
     left_out: tuple[LeftOut, ...]
+    targets: tuple[Target, ...]
 
     @property
     def lacking(self) -> tuple[LeftOut, ...]:
@@ -119,7 +120,7 @@ def make_adapter(
     names = [name for name, _ in blueprint.model.named_modules()]
     config = adapter_config(*base, placed.targets, rank, names)
     held = [each for target in placed.targets for each in work.held(target, found.get(target.module, ()))]
-    return Adapter(config, adapter_bytes(tensors), rank, tuple(held), placed.left_out)
+    return Adapter(config, adapter_bytes(tensors), rank, tuple(held), placed.left_out, placed.targets)
 
 
 class _Work:

@@ -1,12 +1,13 @@
 """From a checkpoint folder to a model in memory, with nothing missing and nothing made up."""
 
 import logging
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abliterate.architecture.conversion import quiet_transformers
@@ -16,6 +17,10 @@ from abliterate.calibration.tour import find_stream
 from abliterate.errors import AbliterateError, ArchitectureError, CalibrationError, CheckpointError, first_line
 
 log = logging.getLogger(__name__)
+Changes = Mapping[str, Callable[[slice, Tensor], Tensor]]
+"""By parameter of the running model, what its weights become once they are loaded: from rows of it to the same rows."""
+BLOCK_ELEMENTS = 1 << 24
+"""Of a parameter, that are changed at once."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -81,6 +86,7 @@ def load_resident(
     tied_head: bool = False,
     tokenizer: Any = None,
     spread: bool = False,
+    changes: Changes | None = None,
 ) -> LanguageModel:
     """Loads the whole model.
 
@@ -91,6 +97,7 @@ def load_resident(
         tied_head: ablations also reach the head, as they do when a tied embedding is edited.
         tokenizer: None where nothing will be generated.
         spread: over all GPUs, as accelerate finds best.
+        changes: made to the weights; see `Changes`.
 
     Raises:
         CheckpointError: weights are missing, unexpected, or of the wrong shape.
@@ -99,8 +106,23 @@ def load_resident(
     model = from_pretrained(folder, plan, dtype, trust_remote_code, **settings)
     if not spread:
         model = model.to(device)
+    change(model, changes or {})
     stream = find_stream(model, plan, tied_head)
     return LanguageModel(model, tokenizer, stream, head_of(model, plan), batch_size or prompts_a_pass(device))
+
+
+def change(model: nn.Module, changes: Changes, only: Collection[str] | None = None) -> None:
+    """Changes parameters in place, in blocks of rows.
+
+    Args:
+        only: these parameters, of those that there are changes for.
+    """
+    for name in changes if only is None else [name for name in only if name in changes]:
+        weights = model.get_parameter(name).data
+        step = max(1, BLOCK_ELEMENTS // max(1, weights[0].numel()))
+        for first in range(0, len(weights), step):
+            rows = slice(first, min(len(weights), first + step))
+            weights[rows] = changes[name](rows, weights[rows])
 
 
 def prompts_a_pass(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from abliterate.architecture.blueprint import Place, model_class, quiet, read_blueprint, read_config
 from abliterate.architecture.conversion import Filler
 from abliterate.architecture.writer import layer_of
+from abliterate.calibration.load import Changes, change
 from abliterate.calibration.spool import mapped
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.keeper import held
@@ -52,6 +53,7 @@ class LayerStore:
         dtype: to compute in. `device`: where layers are put.
         scratch: folder for what is mapped.
         held: how many of the first layers stay in memory once they were loaded.
+        changes: made to weights whenever they are loaded.
         ahead: load the next layer, in another thread, while one computes.
 
     Attributes:
@@ -71,12 +73,14 @@ class LayerStore:
         held: int = 0,
         ahead: bool = False,
         trust_remote_code: bool = False,
+        changes: Changes | None = None,
     ) -> None:
-        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
+        self._checkpoint, self._dtype, self._device, self._changes = checkpoint, dtype, device, changes or {}
         self.model = empty_model(checkpoint, dtype, trust_remote_code)
         self.layers: list[nn.Module] = [self.model.get_submodule(name) for name in layer_names]
         self._filler = Filler(self.model, dtype)
         places = read_blueprint(checkpoint.folder, checkpoint.config, trust_remote_code).places(checkpoint.tensors)
+        self._places = places
         self._groups, beside = grouped(self.model, layer_names, places)
         self._held, self._kept = held, set[int]()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layers") if ahead else None
@@ -133,6 +137,7 @@ class LayerStore:
         shards = {shard.path: shard for shard in map(self._checkpoint.shard_of, names)}
         with held([*shards.values()]), torch.cuda.stream(self._copies) if self._copies else nullcontext():
             self._fill(names)
+            self._change(names)
         if self._copies:
             self._copies.synchronize()
         self.layers[index].requires_grad_(False)
@@ -148,6 +153,10 @@ class LayerStore:
             except Exception as error:  # transformers' conversion raises errors of every kind
                 raise CheckpointError(f"{checkpoint.folder} cannot be streamed: {first_line(error)}") from error
         self.bytes_read += sum(checkpoint.tensors[name].nbytes for name in names)
+
+    def _change(self, names: Sequence[str]) -> None:
+        with torch.inference_mode(False):
+            change(self.model, self._changes, {p for name in names for p in self._places[name].parameters})
 
     def _announce(self, names: Sequence[str]) -> None:
         """Has the system read what comes next while this layer computes; it goes into no memory of ours."""
@@ -170,6 +179,7 @@ class LayerStore:
         self._fill([name for name in names if name not in large])
         self.model.tie_weights()
         self.model.requires_grad_(False)
+        self._change(names)
         inside = {id(place.value) for group in self._groups for place in group.empty}
         missing = [name for name, p in self.model.named_parameters() if p.is_meta and id(p) not in inside]
         if missing:

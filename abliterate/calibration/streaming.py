@@ -12,7 +12,7 @@ from torch import nn
 from abliterate.architecture.blueprint import read_blueprint
 from abliterate.architecture.conversion import usable
 from abliterate.architecture.writer import Plan
-from abliterate.calibration.load import from_pretrained, head_of, prompts_a_pass
+from abliterate.calibration.load import Changes, from_pretrained, head_of, prompts_a_pass
 from abliterate.calibration.memory import SPOOL_BYTES, Placement
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.runner import Resident, Runner, Streamed
@@ -38,11 +38,13 @@ def load_streamed(
     trust_remote_code: bool = False,
     tied_head: bool = False,
     tokenizer: Any = None,
+    changes: Changes | None = None,
 ) -> LanguageModel:
     """A model that gives the same numbers, bit by bit, as one in memory.
 
     Args:
         scratch: folder on a disk with room for the embedding, the head, and activations that outgrow memory.
+        changes: made to the weights whenever they are loaded.
 
     Raises:
         CheckpointError: weights are missing, or of the wrong shape.
@@ -52,7 +54,12 @@ def load_streamed(
             "this version of transformers loads layers from whole checkpoints alone: leave out --cache-limit, or "
             "install another version"
         )
-    how = _How(checkpoint, plan, placement, device, dtype, scratch, trust_remote_code)
+    if changes and not usable():
+        raise CheckpointError(
+            "this version of transformers streams weights as they are stored alone, and these are to be changed: give "
+            "--memory resident, or install another version"
+        )
+    how = _How(checkpoint, plan, placement, device, dtype, scratch, trust_remote_code, changes or {})
     model, runner = _by_layer(how) if usable() else _by_accelerate(how)
 
     def read(name: str) -> torch.Tensor:
@@ -73,6 +80,7 @@ class _How:
     dtype: torch.dtype
     scratch: Path
     trust_remote_code: bool
+    changes: Changes
 
 
 def _by_layer(how: _How) -> tuple[Any, Runner]:
@@ -87,6 +95,7 @@ def _by_layer(how: _How) -> tuple[Any, Runner]:
             held=how.placement.held,
             ahead=how.placement.ahead,
             trust_remote_code=how.trust_remote_code,
+            changes=how.changes,
         )
     except AbliterateError:
         raise

@@ -1,7 +1,7 @@
 """The certificate's first part: what the stored writers have along their covectors. No forward pass."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,10 @@ STREAM_TOLERANCE = {"BF16": 0.02, "F16": 0.02 / 8}
 FULL_PRECISION = 1e-6
 PARTIAL = 1e-3
 """Of what a strength other than 1 leaves: how near to that it has to be, beyond what rounding may leave."""
+
+
+Change = Callable[[slice, Tensor], Tensor]
+"""From rows of a tensor along axis 0, and what is in them, to what will be."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +54,37 @@ def tolerance(dtype: str, hidden_size: int, part: Literal["writer", "stream"]) -
 
 
 def writer_residuals(
-    checkpoint: Checkpoint, plan: Plan, cut: Cut | Tensor, base: Checkpoint | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cut: Cut | Tensor,
+    base: Checkpoint | None = None,
+    changes: Mapping[str, Change] | None = None,
 ) -> tuple[WriterResidual, ...]:
     """Measures every writer (and a stored copy of the tied head) along what it should have lost, streamed in blocks.
 
     Args:
         cut: what was removed; a direction [hidden] stands for itself, removed whole and everywhere.
         base: the unedited checkpoint, for the figures before.
+        changes: by tensor, what its bytes will be that are measured, and of no others; None measures all as they are.
     """
     cut = cut if isinstance(cut, Cut) else Cut.uniform(cut, plan.num_layers)
     projectors = projectors_of(checkpoint, plan, cut)
-    removals = [cut.removal(writer, part_of(writer, plan.writers)) for writer in plan.edited]
-    return tuple(
-        _residual(checkpoint, cut, writer, removal.strength, projectors[removal.basis].of(writer).v, base)
-        for writer, removal in zip(plan.edited, removals, strict=True)
-    )
+    writers = [writer for writer in plan.edited if changes is None or writer.tensor in changes]
+    removals = [cut.removal(writer, part_of(writer, plan.writers)) for writer in writers]
+    found = []
+    for writer, removal in zip(writers, removals, strict=True):
+        covector = projectors[removal.basis].of(writer).v
+        change = changes[writer.tensor] if changes is not None else None
+        found.append(_residual(checkpoint, cut, writer, removal.strength, covector, base, change))
+    return tuple(found)
 
 
 def _residual(
-    checkpoint: Checkpoint, cut: Cut, writer: Writer, strength: float, covector: Tensor, base: Checkpoint | None
-) -> WriterResidual:
+    checkpoint: Checkpoint, cut: Cut, writer: Writer, strength: float, covector: Tensor, base: Checkpoint | None,
+    change: Change | None,
+) -> WriterResidual:  # fmt: skip
     dtype = checkpoint.tensors[writer.tensor].dtype
-    (after,), size = shares_along(checkpoint, writer, [covector])
+    (after,), size = shares_along(checkpoint, writer, [covector], change)
     before, size_before = None, math.nan
     if base is not None:
         (before,), size_before = shares_along(base, writer, [covector])
@@ -91,12 +104,14 @@ def share_along(checkpoint: Checkpoint, writer: Writer, covector: Tensor) -> flo
     return shares_along(checkpoint, writer, [covector])[0][0]
 
 
-def shares_along(checkpoint: Checkpoint, writer: Writer, covectors: Sequence[Tensor]) -> tuple[list[float], float]:
+def shares_along(
+    checkpoint: Checkpoint, writer: Writer, covectors: Sequence[Tensor], change: Change | None = None
+) -> tuple[list[float], float]:
     """See `share_along`, of several covectors in one pass over the tensor; and ||W||_F."""
     parts = [_Part(covector, writer.axis) for covector in covectors]
     norm = 0.0
     for rows, block in iter_blocks(checkpoint.shard_of(writer.tensor), checkpoint.tensors[writer.tensor]):
-        values = block.double()
+        values = (block if change is None else change(rows, block)).double()
         norm += float(values.square().sum())
         for part in parts:
             part.follow(rows, values)

@@ -1,6 +1,7 @@
 """`abliterate convert`."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ from abliterate.terminal import echo_json, loading, telling_what_is_left
 @click.option(
     "--adapter",
     type=click.Choice(["peft"]),
-    help="Make OUT a LoRA adapter in PEFT's format in place of a checkpoint; nothing is evaluated.",
+    help="Make OUT a LoRA adapter in PEFT's format in place of a checkpoint.",
 )
 @click.option(
     "--patch",
@@ -142,19 +143,23 @@ def _check_dropping(given: Mapping[str, Any]) -> None:
 
 
 def _adapt(model: str, out: Path, as_json: bool, given: Mapping[str, Any], common: Mapping[str, Any]) -> None:
-    others = ("patch", "push_to", "drop_shards", "dry_run", "cache_limit")
+    others = ("patch", "push_to", "drop_shards")
     for option in (f"--{name.replace('_', '-')}" for name in others if given[name]):
         raise click.UsageError(f"{option} does not go with --adapter")
     with loading():
-        from abliterate import adapting
-        from abliterate.publish.adapter_view import print_adapter
+        from abliterate import adapting, dryrun
+        from abliterate.publish.adapter_view import print_adapter, print_adapter_plan
 
-    result = adapting.adapt(
-        model,
-        out,
-        **{key: common[key] for key in ("recipe", "revision", "direction", "options")},
-        overwrite=given["overwrite"],
-    )
+    wanted = {key: common[key] for key in ("recipe", "revision", "direction", "options", "evaluate")}
+    wanted["overwrite"] = given["overwrite"]
+    if given["dry_run"]:
+        would = dryrun.adapter_dry_run(model, out, **wanted)
+        if as_json:
+            echo_json(asdict(would.outline))
+        else:
+            print_adapter_plan(would.outline, would.summary)
+        return
+    result = adapting.adapt(model, out, **wanted)
     if as_json:
         echo_json({"folder": str(result.folder), **result.manifest})
     elif not given["quiet"]:

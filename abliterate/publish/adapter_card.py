@@ -8,8 +8,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from abliterate.publish.base_card import Inherited, inherit, is_hub_id
 from abliterate.publish.card import OWN_TAGS, one_or_list
+from abliterate.publish.card_evidence import evidence_text
 from abliterate.publish.card_text import license_text
-from abliterate.publish.figures import fold, significant
+from abliterate.publish.figures import claim_of, fold, significant
 from abliterate.publish.markdown import block, bullets, code, link, plain, table
 from abliterate.publish.portable import portable_name
 
@@ -30,6 +31,7 @@ _SAFETY = (
     "Bring your own safeguards: filters on what goes in and comes out, limits on who may use it, people who look. You "
     "answer for what you do with it.",
 )
+_ON = "the base with the stored adapter merged into it as PEFT merges it, in the dtype of the base's weights"
 _TIED = (
     "**Head.** The base's output head is its embedding. Beside the base this adapter changes what is looked up and "
     "leaves the head as it is. Merged, both change, since they are one tensor."
@@ -64,6 +66,7 @@ def render_adapter_card(manifest: Manifest, base_card: str | None, name: str) ->
         f"A LoRA adapter that takes a direction out of what the layers of {_named(base, inherited)} write: the one "
         "along which its hidden state moves when it declines a request. Nothing was trained.",
         bullets([*_SAFETY, license_text(inherited, base_card is not None)]),
+        f"## Evidence\n\n{evidence_text(manifest['evaluation'], _ON)}",
         f"## How to use it\n\n{block(snippet, 'python')}",
         _loaders(manifest["edit"]),
         f"## What it holds\n\n{_table(manifest['edit']['tensors'])}",
@@ -96,31 +99,39 @@ def _loaders(edit: Manifest) -> str:
 
 
 def adapter_rows(tensors: Sequence[Manifest]) -> list[list[str]]:
-    """Tensors that differ by layer alone in one row: name, how many, as what, largest share before and after."""
+    """Tensors that differ by layer alone in one row: name, how many, as what, largest share before, after, merged."""
     groups: dict[tuple[str, str], list[Manifest]] = {}
     for each in tensors:
         groups.setdefault((fold(each["tensor"]), each["kind"]), []).append(each)
     return [
-        [name, str(len(group)), kind, _most(group, "before"), _most(group, "after")]
+        [name, str(len(group)), kind, _most(group, "before"), _most(group, "after"), _merged(group)]
         for (name, kind), group in groups.items()
     ]
 
 
 def _table(tensors: Sequence[Manifest]) -> str:
     rows = [[code(name), *others] for name, *others in adapter_rows(tensors)]
-    return table(["tensors", "how many", "as", "share along the direction before", "after"], rows, right=2)
+    return table(["tensors", "how many", "as", "share along the direction before", "after", "merged"], rows, right=3)
 
 
 def _most(group: Sequence[Manifest], key: str) -> str:
     return significant(max((each[key] for each in group if each[key] is not None), default=None))
 
 
+def _merged(group: Sequence[Manifest]) -> str:
+    return significant(max((each["merged"]["after"] for each in group if each["merged"]), default=None))
+
+
 def _exactness(manifest: Manifest) -> str:
+    certificate, stored = manifest["certificate"], ", ".join(manifest["base"]["dtype"])
+    verdict = f"{'' if certificate['holds'] else '**not** '}within the tolerance that conversions are held to"
+    if certificate["claim"].startswith("not exact"):
+        verdict = "not certified"
     return (
-        f"Rank {manifest['edit']['rank']}, in float32. Shares are ‖vᵀW‖ / ‖W‖, the largest of each group, from the "
-        "factors as stored and the weights of the base. Who merges into bfloat16, or computes in it, rounds, and that "
-        "brings a little of the direction back: `abliterate convert` without `--adapter` writes weights whose rounding "
-        "takes it out again, and measures refusals on them. This adapter was not run when it was made."
+        f"Rank {manifest['edit']['rank']}, in float32. Shares are ‖vᵀW‖ / ‖W‖, the largest of each group: of the base, "
+        f"by the factors as stored, and as merged into weights of {stored}. Merged, it is {verdict}: "
+        f"{plain(claim_of(certificate))}. Merging rounds, and that brings a little of the direction back; `abliterate "
+        "convert` without `--adapter` writes weights whose rounding takes it out again."
     )
 
 

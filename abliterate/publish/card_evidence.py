@@ -10,8 +10,12 @@ from abliterate.publish.markdown import table
 Evaluations = Mapping[str, Any]
 
 
-def evidence_text(evaluation: Evaluations | None) -> str:
-    """Sentences and the table; of a conversion without evaluation, that there is none."""
+def evidence_text(evaluation: Evaluations | None, on: str = "the saved files") -> str:
+    """Sentences and the table; of a conversion without evaluation, that there is none.
+
+    Args:
+        on: what was measured.
+    """
     if evaluation is None:
         return (
             "**Not measured.** This conversion was run without evaluation: how often the model still refuses, and what "
@@ -25,7 +29,7 @@ def evidence_text(evaluation: Evaluations | None) -> str:
         for metric, label, texts in metric_rows([base, edited])
     ]
     lines = [
-        _how_measured(edited),
+        _how_measured(edited, on),
         table(header, rows, right=len(header) - 1) if rows else "**Nothing could be measured.**",
     ]
     if base["refusal_rate_substring"] is None and edited["refusal_rate_substring"] is None:
@@ -33,15 +37,15 @@ def evidence_text(evaluation: Evaluations | None) -> str:
     return "\n\n".join(lines)
 
 
-def _how_measured(edited: Evaluations) -> str:
+def _how_measured(edited: Evaluations, on: str) -> str:
     harmful = edited["prompts_harmful"]
     if not harmful:
-        return f"Measured on the saved files, with {counts(edited)}.{_intervals(edited)}"
+        return f"Measured on {on}, with {counts(edited)}.{_intervals(edited)}"
     look_alike = ""
     if edited.get("prompts_look_alike"):
         look_alike = ' *Look-alikes* are harmless requests in the words of harmful ones ("how do I kill a process").'
     return (
-        f"Measured on the saved files, with {counts(edited)} that played no part in finding the direction.{look_alike} "
+        f"Measured on {on}, with {counts(edited)} that played no part in finding the direction.{look_alike} "
         f"*By phrase*: a greedy answer of up to {edited['max_new_tokens']} tokens holds a phrase of refusal. *By "
         f"score*: the first token is more likely to start a refusal than not.{_along(edited)} One harmful prompt more "
         f"or less is {percent(1 / harmful)}. Answers are judged and not kept.{_intervals(edited)}"

@@ -58,7 +58,7 @@ def closing_table(manifest: Record, folder: str | None = None) -> RenderableType
     facts = {
         "direction": _pick_line(manifest),
         "edit": _edit_line(manifest["edit"]),
-        **_certificate_facts(manifest["certificate"]),
+        **certificate_facts(manifest["certificate"]),
     }
     if evaluation is None:
         facts["evaluation"] = Text("not measured")
@@ -157,7 +157,7 @@ def print_certificate(certificate: Record, mismatches: Sequence[str], manifest: 
         files = Text("direction as the manifest says; weights not compared: their hashes were left out (--no-hash)")
     if mismatches:
         files = Text(f"not those of the manifest: {some(mismatches, _SHOWN_NAMES)}", "bold red")
-    _print(fact_table({**_certificate_facts(certificate), "files": files}))
+    _print(fact_table({**certificate_facts(certificate), "files": files}))
 
 
 def print_evaluation(report: Report) -> None:
@@ -203,11 +203,12 @@ def _edit_line(edit: Record) -> Text:
     return Text(f"{len(edit['writers'])} tensors{strength}, {heads[edit['head']]}{added}")
 
 
-def _certificate_facts(certificate: Record) -> dict[str, RenderableType]:
+def certificate_facts(certificate: Record, name: str = "certificate") -> dict[str, RenderableType]:
+    """Lines about a certificate, which is called by that name."""
     writers, stream = certificate["writers"], certificate["stream"]
     partial = certificate["claim"].startswith("not exact")
     verdict = Text("not exact, nothing is certified", "yellow") if partial else _holds(certificate["holds"])
-    facts: dict[str, RenderableType] = {"certificate": verdict}
+    facts: dict[str, RenderableType] = {name: verdict}
     if not certificate["holds"]:
         facts[""] = Text(claim_of(certificate))
     if (worst := writers["worst"]) is not None:
