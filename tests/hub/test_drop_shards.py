@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from abliterate import conversion
-from abliterate.checkpoint import diskio, rewrite
-from abliterate.checkpoint import remote as remote_room
+from abliterate.checkpoint import diskio, patience, rewrite
 from abliterate.checkpoint.output import Staging
 from abliterate.edit import projections
 from abliterate.errors import HubError
@@ -56,7 +55,7 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
 @pytest.fixture
 def store(hub: Store, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """The Hub with the base on it."""
-    monkeypatch.setattr(remote_room, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(patience, "WAITS", (0.0, 0.0))
     hub_client.use(hub, str(tmp_path / "home"), monkeypatch)
     hub.serve(MODEL, base)
     return hub
@@ -122,7 +121,7 @@ def test_within_the_least_limit_that_works(
 ) -> None:
     small = run_here(*words[:-1], "1000B")
     told(small, "--cache-limit 1000 is too little for org/base")
-    found = re.search(r"([\d,]+) bytes of its shards", small.err)
+    found = re.search(r"([\d,]+) bytes of shards", small.err)
     assert found and not list(store.stored)
     limit = int(found[1].replace(",", ""))
     assert limit < 0.6 * sum(len(plain[name]) for name in shards(plain))
