@@ -1,13 +1,12 @@
 """`abliterate compare`: recipes side by side on one model, each with its edit in stored weights."""
 
 import dataclasses
-import hashlib
 import logging
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from abliterate.publish.comparison_view import BASE, comparison_files
 from abliterate.recipe import Recipe, load_recipe, recipe_word
 from abliterate.resume import working
 from abliterate.rewriting import write_edited
+from abliterate.sharing import Shared
 from abliterate.stages import Once, Stages
 from abliterate.studying import study_base
 from abliterate.subject import RunOptions, Subject, load_model, opened
@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 EDITED = "edited"
-EVALUATION = ("evaluation before", "evaluation after", "stream before", "stream after", "calibration")
-"""Stages that are no part of making an edit."""
 
 
 @dataclass(frozen=True)
@@ -157,65 +155,6 @@ def _command(jobs: Sequence[Job]) -> str:
     return shlex.join(words)
 
 
-@dataclass
-class _Shared:
-    """Stages of all recipes: what several have in common is computed once, and its time counts for each of them.
-
-    Attributes:
-        seconds: by recipe, what its edit took, or would have taken alone.
-    """
-
-    inner: Stages
-    seconds: dict[str, float] = field(default_factory=dict)
-    _made: dict[str, tuple[Any, float]] = field(default_factory=dict)
-
-    def of(self, recipe: Recipe) -> "_OfRecipe":
-        """The stages of one recipe."""
-        self.seconds.setdefault(recipe.name, 0.0)
-        return _OfRecipe(self, recipe)
-
-    def stage(self, recipe: str, key: str, kind: Any, make: Callable[[], T], counts: bool) -> T:
-        """See `Stages`; `counts`: its time is part of the edit's."""
-        if key not in self._made:
-            start = time.perf_counter()
-            value = self.inner.stage(key, kind, make)
-            took = time.perf_counter() - start
-            self._made[key] = (value, self.inner.stage(f"seconds of {key}", float, lambda: took))
-        value, seconds = self._made[key]
-        self.seconds[recipe] += seconds if counts else 0.0
-        found: T = value
-        return found
-
-
-@dataclass(frozen=True)
-class _OfRecipe:
-    """Keeps what one recipe computes under names that say what it depends on."""
-
-    shared: _Shared
-    recipe: Recipe
-
-    def stage(self, name: str, kind: Any, make: Callable[[], T]) -> T:
-        """See `Stages`."""
-        # rounds are within the selection, whose time is counted as a whole
-        counts = name not in EVALUATION and not name.startswith(("scores of", "search:"))
-        return self.shared.stage(self.recipe.name, f"{name}{self._on(name)}", kind, make, counts)
-
-    def _on(self, name: str) -> str:
-        """What tells stages of that name apart that come out differently, short enough for a file's name."""
-        direction, own = self.recipe.direction, ""
-        if name == "evaluation before":
-            own = self.recipe.edit.head
-        elif name == "refusal tokens":
-            own = str(direction.refusal_tokens)
-        elif name.endswith(" means"):
-            own = str((direction.filter, direction.positions, direction.mean, direction.winsorize))
-        elif name.startswith("scores of"):
-            own = str((direction, self.recipe.selection))
-        else:
-            return f" of {self.recipe.name}"
-        return f" ({hashlib.sha256(own.encode()).hexdigest()[:8]})"
-
-
 @dataclass(frozen=True)
 class _Comparing:
     """One comparison on its way."""
@@ -226,7 +165,7 @@ class _Comparing:
 
     def run(self) -> Comparison:
         """Studies the base for all recipes, then makes and measures one edit after the other."""
-        shared = _Shared(self.stages)
+        shared = Shared(self.stages)
         bases: dict[bool, Once[LanguageModel]] = {}
         studied = [self._studied(job, shared, bases) for job in self.jobs]
         bases.clear()  # the base's weights go before the edited ones come
@@ -236,7 +175,7 @@ class _Comparing:
         facts = _facts(self.jobs[0], before.evaluation if before else None)
         return Comparison(self.jobs[0].subject.name, mark_front(rows), base, facts, _command(self.jobs))
 
-    def _studied(self, job: Job, shared: _Shared, bases: dict[bool, Once[LanguageModel]]) -> BaseFindings | str:
+    def _studied(self, job: Job, shared: Shared, bases: dict[bool, Once[LanguageModel]]) -> BaseFindings | str:
         """What one recipe finds; or why it finds nothing."""
         tied = job.subject.plan.shares_edit and not unties(job)
         load = lambda: load_model(job.subject, job.options, tied_head=tied, tokenizer=job.tongue.tokenizer)  # noqa: E731
@@ -247,14 +186,14 @@ class _Comparing:
             log.warning("%s: %s", job.recipe.name, error)
             return str(error)
 
-    def _row(self, job: Job, found: BaseFindings | str, shared: _Shared) -> ComparisonRow:
+    def _row(self, job: Job, found: BaseFindings | str, shared: Shared) -> ComparisonRow:
         name = job.recipe.name
         if isinstance(found, str):
             return row_of(name, None, shared.seconds[name], "not exact", "", _aim(job.recipe), f"not made: {found}")
         make = lambda: self._measured(job, found, shared)  # noqa: E731
         return row_from(self.stages.stage(f"row of {name}", dict[str, Any], make))
 
-    def _measured(self, job: Job, found: BaseFindings, shared: _Shared) -> dict[str, Any]:
+    def _measured(self, job: Job, found: BaseFindings, shared: Shared) -> dict[str, Any]:
         """Writes the edited weights, measures them, and removes them."""
         name, edited = job.recipe.name, self.folder / EDITED
         shutil.rmtree(edited, ignore_errors=True)
