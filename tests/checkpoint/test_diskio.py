@@ -163,7 +163,9 @@ def test_where_a_file_can_be_made(tmp_path: Path) -> None:
         (tmp_path / "file" / "a", "file is not a folder"),
     ):
         with pytest.raises(OutputError, match=message):
-            check_file_target(place)
+            check_file_target(place, overwrite=False)
+    with pytest.raises(OutputError, match="is there already; choose another name$"):
+        check_file_target(tmp_path / "file")  # of a command without that option
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import pytest
 
 from tests.real.support import Converted, built, converted_once
 
-FIRST = ("test_push.py", "test_gemma.py", "test_selection.py", "test_audit.py")
-"""While one process makes the subject and converts it, the other has something to do that waits for neither."""
+FIRST = ("test_push.py", "test_gemma.py", "test_audit.py", "test_selection.py")
+"""While one process makes the subject, converts it and goes on with the third of these, the other has something to do
+that needs no conversion: the second and the fourth."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
