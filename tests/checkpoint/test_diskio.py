@@ -164,7 +164,7 @@ def test_where_a_file_can_be_made(tmp_path: Path) -> None:
     ):
         with pytest.raises(OutputError, match=message):
             check_file_target(place, overwrite=False)
-    with pytest.raises(OutputError, match="is there already; choose another name$"):
+    with pytest.raises(OutputError, match=r"is there already; choose another name$"):
         check_file_target(tmp_path / "file")  # of a command without that option
 
 
