@@ -8,6 +8,7 @@ from abliterate.adapter.making import Adapter, Held
 from abliterate.certify.weights import WriterResidual
 from abliterate.checkpoint.files import DIRECTION_FILE
 from abliterate.checkpoint.listing import hashed, record_of
+from abliterate.describing import unmeasured
 from abliterate.job import BaseFindings, Job
 from abliterate.merged import Merged
 from abliterate.record import (
@@ -87,11 +88,7 @@ def _warnings(job: Job, findings: BaseFindings, adapter: Adapter, merged: Merged
     elif not merged.certificate.sound:
         failure = merged.certificate.failure
         warnings.append(f"merged, it is not within the tolerance that conversions are held to: {failure}")
-    if job.tongue.tokenizer is None:
-        warnings.append("no tokenizer: nothing was evaluated, and random tokens ran through the model")
-    if job.evaluate and job.tongue.chat is None:
-        warnings.append("no chat template: refusals were not measured")
-    return warnings
+    return [*warnings, *unmeasured(job)]
 
 
 def _held(held: Held, residual: WriterResidual | None) -> dict[str, Any]:

@@ -67,6 +67,12 @@ def warnings_of(job: Job, findings: BaseFindings, certificate: Certificate) -> l
         warnings.append("an architecture that is not in the table: its writers were found, and proved, on a tiny twin")
     if findings.text.unseen is not None:
         warnings.append(f"no picture ran through the model, so only its text part is proved: {findings.text.unseen}")
+    return [*warnings, *unmeasured(job)]
+
+
+def unmeasured(job: Job) -> list[str]:
+    """What could not be measured for want of a tokenizer or a chat template."""
+    warnings = []
     if job.tongue.tokenizer is None:
         warnings.append("no tokenizer: nothing was evaluated, and random tokens ran through the model")
     if job.evaluate and job.tongue.chat is None:

@@ -1,7 +1,10 @@
 """`abliterate convert --dry-run`: everything checked, nothing written, and of a Hub model no weights fetched."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from abliterate.adapter.outline import Outline
 from abliterate.adapting import check_adaptable, identity_of_adapter, passes_of_adapter
@@ -53,19 +56,38 @@ def dry_run(
         AbliterateError: `convert` would fail in the same way.
     """
     push = _push_summary(push_to) if push_to else None
-    options = options or RunOptions()
-    with glimpse(model, revision, options.cache_limit) as source:
-        subject = subject_at(source, options.trust_remote_code, options.inexact)
-        job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
-        check_target(Path(out), overwrite=overwrite, inputs=[job.subject.folder])
-        whole = subject.source.model_id is None
-        left = outlook(Path(out), identity_of(job), overwrite=overwrite, files=whole)
-        place = next(parent for parent in Path(out).resolve().parents if parent.exists())
+    given = {"recipe": recipe, "direction": direction, "evaluate": evaluate}
+    with _looked_at(model, Path(out), revision, options or RunOptions(), overwrite, given) as (job, place):
+        left = _left(job, Path(out), identity_of(job), overwrite)
         check_space(place, space_needed(job, place, drops=drop_shards))
         back = return_of(job) if drop_shards else None
-        traffic = traffic_words(subject, options, passes_of(job), back=back)
+        traffic = traffic_words(job.subject, job.options, passes_of(job), back=back)
         words = (_summary(job, Path(out), drop_shards), traffic, left, push)
         return DryRun(job.subject.plan, job.subject.checkpoint, "; ".join(filter(None, words)))
+
+
+@contextmanager
+def _looked_at(
+    model: str, out: Path, revision: str | None, options: RunOptions, overwrite: bool, given: Mapping[str, Any]
+) -> Iterator[tuple[Job, Path]]:
+    """Yields the job, without weights, and a folder on the disk that OUT will be on.
+
+    Args:
+        given: for `prepare`.
+
+    Raises:
+        AbliterateError: the base, or what is given for it, or OUT, will not do.
+    """
+    with glimpse(model, revision, options.cache_limit) as source:
+        subject = subject_at(source, options.trust_remote_code, options.inexact)
+        job = prepare(subject, options=options, **given)
+        check_target(out, overwrite=overwrite, inputs=[subject.folder])
+        yield job, next(parent for parent in out.resolve().parents if parent.exists())
+
+
+def _left(job: Job, out: Path, identity: Mapping[str, Any], overwrite: bool) -> str | None:
+    """What is said of the work of an earlier run."""
+    return outlook(out, identity, overwrite=overwrite, files=job.subject.source.model_id is None)
 
 
 @dataclass(frozen=True)
@@ -92,20 +114,13 @@ def adapter_dry_run(
     Raises:
         AbliterateError: `adapt` would fail in the same way.
     """
-    options = options or RunOptions()
-    with glimpse(model, revision, options.cache_limit) as source:
-        subject = subject_at(source, options.trust_remote_code, options.inexact)
-        job = prepare(subject, recipe=recipe, direction=direction, options=options, evaluate=evaluate)
+    given = {"recipe": recipe, "direction": direction, "evaluate": evaluate}
+    with _looked_at(model, Path(out), revision, options or RunOptions(), overwrite, given) as (job, place):
         _, planned = check_adaptable(job)
-        check_target(Path(out), overwrite=overwrite, inputs=[job.subject.folder])
-        left = outlook(Path(out), identity_of_adapter(job), overwrite=overwrite, files=subject.source.model_id is None)
-        place = next(parent for parent in Path(out).resolve().parents if parent.exists())
-        check_space(place, planned.bytes + unfilled(subject.checkpoint.keeper, place))
-        words = (
-            _adapter_summary(job, planned, Path(out)),
-            traffic_words(subject, options, passes_of_adapter(job)),
-            left,
-        )
+        left = _left(job, Path(out), identity_of_adapter(job), overwrite)
+        check_space(place, planned.bytes + unfilled(job.subject.checkpoint.keeper, place))
+        traffic = traffic_words(job.subject, job.options, passes_of_adapter(job))
+        words = (_adapter_summary(job, planned, Path(out)), traffic, left)
         return AdapterDryRun(planned, "; ".join(filter(None, words)))
 
 

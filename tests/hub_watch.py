@@ -8,6 +8,9 @@ from pathlib import Path
 
 from tests.hub_server import Hub
 
+FETCHED = "abliterate/*/*/shards/*"
+"""Below HF_HOME."""
+
 
 def shards(hub: Hub) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in hub.files() if path.name.startswith("model-")}
@@ -24,18 +27,18 @@ def passes(hub: Hub) -> float:
 
 
 @contextmanager
-def watched(home: Path) -> Iterator[list[int]]:
-    """The most bytes of shards that are on the disk at any time."""
+def watched(*places: tuple[Path, str]) -> Iterator[list[int]]:
+    """The most bytes that are on the disk at any time in files of these folders and patterns."""
     most, stop = [0], threading.Event()
 
     def look() -> None:
         while not stop.is_set():
             try:
-                size = sum(path.stat().st_size for path in (home / "abliterate").glob("*/*/shards/*"))
+                size = sum(path.stat().st_size for folder, form in places for path in folder.glob(form))
             except FileNotFoundError:
                 size = 0  # seen at no one moment: what is there now counts with the next look
             most[0] = max(most[0], size)
-            time.sleep(0.0005)
+            time.sleep(0.0002)
 
     thread = threading.Thread(target=look)
     thread.start()

@@ -16,7 +16,7 @@ from abliterate.checkpoint.ondemand import located_together
 from tests import hub_client, pico
 from tests.commandline import run_here, snapshot
 from tests.hub_server import COMMIT, Hub, serving
-from tests.hub_watch import least, shards, watched
+from tests.hub_watch import FETCHED, least, shards, watched
 
 MODEL, EDITED = "org/pico", "org/pico@" + "e" * 40
 WORDS = [chr(code) for code in range(35, 123) if chr(code) not in '\\"']
@@ -66,7 +66,7 @@ def hub(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def both_ways(hub: Hub, home: Path, *words: str | Path, again: tuple[str | Path, ...] | None = None) -> tuple[Any, Any]:
     """The JSON of a command with the limit, the disk watched, and without; `again`: in other words."""
-    with watched(home) as most:
+    with watched((home, FETCHED)) as most:
         ran = run_here(*words, "--json", "--cache-limit", f"{least(hub)}B")
     assert ran.code == 0, ran.err
     assert 0 < most[0] <= least(hub) < 0.7 * sum(shards(hub).values())
@@ -171,7 +171,7 @@ def test_a_limit_that_two_do_not_fit_into(hub: Hub, tmp_path: Path) -> None:
 def test_one_that_is_asked_for_twice_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
     with located_together([(MODEL, None), (MODEL, COMMIT)], least(hub)) as (one, other):
         assert one is other and one.keeper is not None
-    with watched(tmp_path / "home") as most:
+    with watched((tmp_path / "home", FETCHED)) as most:
         ran = run_here("diff", MODEL, MODEL, "--json", "--cache-limit", f"{least(hub)}B")
     assert json.loads(ran.out)["verdict"]["kind"] == "identical" and 0 < most[0] <= least(hub)
 
@@ -184,7 +184,7 @@ def test_what_an_interrupted_run_left_of_both_counts(hub: Hub, tmp_path: Path) -
             with source.keeper.hold([*shards(hub)][:2]):
                 pass
         raise KeyboardInterrupt
-    with watched(tmp_path / "home") as most, located_together(wanted, limit):
+    with watched((tmp_path / "home", FETCHED)) as most, located_together(wanted, limit):
         pass
     assert most[0] > limit, "the run that was stopped left more than that"
     with pytest.raises(KeyboardInterrupt), located_together(wanted, limit) as sources:

@@ -21,7 +21,7 @@ from abliterate.subject import RunOptions
 from tests import hub_client, pico
 from tests.commandline import snapshot
 from tests.hub_server import BLOCK, COMMIT, Hub, serving
-from tests.hub_watch import least, passes, shards, watched
+from tests.hub_watch import FETCHED, least, passes, shards, watched
 
 MODEL = "org/pico"
 SIZES = {"num_hidden_layers": 8, "intermediate_size": 1000}
@@ -75,7 +75,7 @@ def test_the_limit_holds_and_the_bytes_are_the_same(
 ) -> None:
     limit = least(hub)
     assert limit < 0.5 * sum(shards(hub).values())
-    with watched(tmp_path / "home") as most:
+    with watched((tmp_path / "home", FETCHED)) as most:
         conversion.convert(MODEL, tmp_path / "out", direction=direction, options=options(limit), evaluate=False)
     assert snapshot(tmp_path / "out") == plain
     assert max(shards(hub).values()) <= most[0] <= limit
@@ -95,7 +95,7 @@ def test_calibrated_streamed_through_the_limit(hub: Hub, tmp_path: Path) -> None
     recipe = tmp_path / "quick.yaml"
     recipe.write_text(QUICK)
     conversion.convert(hub.folder.as_posix(), tmp_path / "local", recipe=str(recipe), evaluate=False)
-    with watched(tmp_path / "home") as most:
+    with watched((tmp_path / "home", FETCHED)) as most:
         conversion.convert(
             MODEL, tmp_path / "out", recipe=str(recipe), options=options(least(hub), "streamed"), evaluate=False
         )
@@ -255,7 +255,7 @@ def test_verified_on_demand(hub: Hub, direction: Path, tmp_path: Path) -> None:
     conversion.convert(MODEL, tmp_path / "out", direction=direction, options=options(least(hub)), evaluate=False)
     hub.folder = tmp_path / "out"
     hub.commit = "e" * 40
-    with watched(tmp_path / "home") as most:
+    with watched((tmp_path / "home", FETCHED)) as most:
         found = verification.verify(MODEL, options=options(least(hub)))
     assert found.holds and found.manifest and 0 < most[0] <= least(hub)
     data = bytearray((tmp_path / "out" / [*shards(hub)][1]).read_bytes())

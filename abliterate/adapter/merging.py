@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from abliterate.adapter.files import Stored, bias_name, read_factors
 from abliterate.adapter.places import Target
 from abliterate.architecture.blueprint import Blueprint
-from abliterate.certify.weights import Change
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import DTYPES
+from abliterate.checkpoint.read import Change
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,25 @@
 """From a checkpoint folder to a model in memory, with nothing missing and nothing made up."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abliterate.architecture.conversion import quiet_transformers
 from abliterate.architecture.writer import Plan
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.tour import find_stream
+from abliterate.checkpoint.read import Change
 from abliterate.errors import AbliterateError, ArchitectureError, CalibrationError, CheckpointError, first_line
 
 log = logging.getLogger(__name__)
-Changes = Mapping[str, Callable[[slice, Tensor], Tensor]]
-"""By parameter of the running model, what its weights become once they are loaded: from rows of it to the same rows."""
+Changes = Mapping[str, Change]
+"""By parameter of the running model, what its weights become once they are loaded."""
 BLOCK_ELEMENTS = 1 << 24
 """Of a parameter, that are changed at once."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

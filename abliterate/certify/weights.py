@@ -1,7 +1,7 @@
 """The certificate's first part: what the stored writers have along their covectors. No forward pass."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from abliterate.architecture.writer import Plan, Writer
 from abliterate.checkpoint.files import Checkpoint
-from abliterate.checkpoint.read import iter_blocks
+from abliterate.checkpoint.read import Change, iter_blocks
 from abliterate.edit.cut import Cut, part_of
 from abliterate.edit.edits import projectors_of
 
@@ -20,10 +20,6 @@ STREAM_TOLERANCE = {"BF16": 0.02, "F16": 0.02 / 8}
 FULL_PRECISION = 1e-6
 PARTIAL = 1e-3
 """Of what a strength other than 1 leaves: how near to that it has to be, beyond what rounding may leave."""
-
-
-Change = Callable[[slice, Tensor], Tensor]
-"""From rows of a tensor along axis 0, and what is in them, to what will be."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +80,13 @@ def _residual(
     change: Change | None,
 ) -> WriterResidual:  # fmt: skip
     dtype = checkpoint.tensors[writer.tensor].dtype
-    (after,), size = shares_along(checkpoint, writer, [covector], change)
     before, size_before = None, math.nan
-    if base is not None:
-        (before,), size_before = shares_along(base, writer, [covector])
+    if base is checkpoint:
+        ((before,), size_before), ((after,), size) = _shares(checkpoint, writer, [covector], [None, change])
+    else:
+        (((after,), size),) = _shares(checkpoint, writer, [covector], [change])
+        if base is not None:
+            (before,), size_before = shares_along(base, writer, [covector])
     bound, left = tolerance(dtype, cut.hidden_size, "writer"), 0.0 if strength == 1.0 else None
     if left is None and before is not None and not (cut.keep_norms and strength):
         left = abs(1.0 - strength) * before * (size_before / size if size else 1.0)
@@ -95,29 +94,49 @@ def _residual(
     return WriterResidual(writer.tensor, dtype, before, after, bound, holds, strength, left)
 
 
-def share_along(checkpoint: Checkpoint, writer: Writer, covector: Tensor) -> float:
-    """||v.W||_F / (||v|| ||W||_F) along the writer's axis, in fp64; 0 for zeros, NaN for NaN or infinity.
+def shares_along(checkpoint: Checkpoint, writer: Writer, covectors: Sequence[Tensor]) -> tuple[list[float], float]:
+    """||v.W||_F / (||v|| ||W||_F) along the writer's axis, for each covector, in one pass over the tensor; and ||W||_F.
 
     Args:
-        covector: v [hidden], or an orthonormal basis [k, hidden].
+        covectors: each v [hidden], or an orthonormal basis [k, hidden].
+
+    Returns:
+        Taken in fp64. Shares are 0 for a tensor of zeros; all are NaN for one with NaN or infinity.
+
+    Raises:
+        CheckpointError: the tensor cannot be read.
     """
-    return shares_along(checkpoint, writer, [covector])[0][0]
+    return _shares(checkpoint, writer, covectors, [None])[0]
 
 
-def shares_along(
-    checkpoint: Checkpoint, writer: Writer, covectors: Sequence[Tensor], change: Change | None = None
-) -> tuple[list[float], float]:
-    """See `share_along`, of several covectors in one pass over the tensor; and ||W||_F."""
-    parts = [_Part(covector, writer.axis) for covector in covectors]
-    norm = 0.0
+def _shares(
+    checkpoint: Checkpoint, writer: Writer, covectors: Sequence[Tensor], changes: Sequence[Change | None]
+) -> list[tuple[list[float], float]]:
+    """See `shares_along`; of the tensor as each of these changes makes it, in one pass over what is stored."""
+    found = [_Shares(covectors, writer.axis) for _ in changes]
     for rows, block in iter_blocks(checkpoint.shard_of(writer.tensor), checkpoint.tensors[writer.tensor]):
-        values = (block if change is None else change(rows, block)).double()
-        norm += float(values.square().sum())
-        for part in parts:
+        for change, shares in zip(changes, found, strict=True):
+            shares.follow(rows, (block if change is None else change(rows, block)).double())
+    return [shares.taken() for shares in found]
+
+
+class _Shares:
+    """What a tensor has along each covector, block after block."""
+
+    def __init__(self, covectors: Sequence[Tensor], axis: int) -> None:
+        self._parts, self._norm = [_Part(covector, axis) for covector in covectors], 0.0
+
+    def follow(self, rows: slice, values: Tensor) -> None:
+        """Takes in a block of rows, fp64."""
+        self._norm += float(values.square().sum())
+        for part in self._parts:
             part.follow(rows, values)
-    if not math.isfinite(norm):
-        return [math.nan] * len(parts), math.nan
-    return [part.share(norm) for part in parts], math.sqrt(norm)
+
+    def taken(self) -> tuple[list[float], float]:
+        """The shares, and the norm."""
+        if not math.isfinite(self._norm):
+            return [math.nan] * len(self._parts), math.nan
+        return [part.share(self._norm) for part in self._parts], math.sqrt(self._norm)
 
 
 class _Part:

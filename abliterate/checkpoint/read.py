@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,9 @@ from torch import Tensor
 from abliterate.checkpoint.header import DTYPES, Header, TensorInfo
 from abliterate.checkpoint.keeper import Check, go_on, held
 from abliterate.errors import CheckpointError
+
+Change = Callable[[slice, Tensor], Tensor]
+"""From rows of a tensor along axis 0, and what is in them, to what they become."""
 
 BLOCK_BYTES = 8 << 20
 ROWS = 32

@@ -79,7 +79,7 @@ def build_edits(checkpoint: Checkpoint, plan: Plan, cut: Cut | Tensor, untie: bo
         _check_copy(checkpoint, plan)
     copied = plan.head_copy and not untie
     writers = plan.edited if copied else plan.writers
-    fused = worth_it(sum(checkpoint.tensors[writer.tensor].nbytes for writer in writers))
+    fused = worth_it([checkpoint.tensors[writer.tensor] for writer in writers]) if not edits.spans else None
     made = {writer.tensor: edits.of(writer, fused) for writer in writers}
     return {name: edit for name, edit in made.items() if edit is not None}
 
@@ -91,6 +91,11 @@ class _Edits:
         self._checkpoint, self._plan, self._cut = checkpoint, plan, cut
         self._projectors = projectors_of(checkpoint, plan, cut)
         self._formulas: dict[float, Formulas] = {}
+
+    @property
+    def spans(self) -> bool:
+        """Whether all are edits that no single direction makes; a writer's gains can make others such."""
+        return self._cut.keep_norms or self._cut.bases.shape[1] > 1
 
     def of(self, writer: Writer, fused: Fused | None = None) -> Projection | None:
         """The edit of one writer; None where it stays as it is."""

@@ -1,7 +1,9 @@
 """Edits in bf16 by compiled kernels (extra `fast`), where they are there and there is enough to do: the same bytes."""
 
 import functools
+import importlib.util
 import logging
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -9,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from abliterate.checkpoint.header import TensorInfo
 from abliterate.edit.sums import narrow
+from abliterate.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -80,17 +84,20 @@ def _bits(matrix: Tensor) -> Any:
     return matrix.view(torch.int16).numpy().view(np.uint16)
 
 
-def worth_it(nbytes: int) -> Fused | None:
-    """The kernels, for that many bytes of bf16; None where they are not there, or the work is done before they are."""
+def worth_it(tensors: Iterable[TensorInfo]) -> Fused | None:
+    """The kernels, to edit these; None where they are not there, or the work is done before they are."""
+    nbytes = sum(info.nbytes for info in tensors if info.dtype == "BF16" and len(info.shape) > 1)
     return fused() if nbytes >= WORTH_BYTES else None
 
 
 @functools.cache
 def fused() -> Fused | None:
-    """The kernels, compiled the first time; None where Numba is not there or does not load."""
+    """The kernels, compiled the first time; None where Numba is not there, or fails in whatever way."""
+    if importlib.util.find_spec("numba") is None:
+        return None
     try:
         from abliterate.edit import kernels
-    except ImportError as error:
-        log.debug("edits are not compiled: %s", error)
+    except Exception as error:
+        log.warning("Numba does not work here (%s): edits take longer, and come to the same", first_line(error))
         return None
     return Fused(kernels)

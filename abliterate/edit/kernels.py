@@ -19,7 +19,7 @@ _COLUMNS = 256
 """Worked on together: of a group of rows, what fits the cache of a core."""
 _ROWS_AT_ONCE = 16
 """Whose payers are picked together: a cache line of each."""
-_EPS = np.float32(2.0**-7)
+_ZERO, _EPS = np.float32(0.0), np.float32(2.0**-7)
 _LEAST = np.float32(2.0**-133)
 """A step of the grid of bf16, as a share of a number; the step of its subnormal numbers."""
 
@@ -162,7 +162,8 @@ def _settle(targets: Any, shares: Any, covector: Any, ends: Any, debt: Any, stor
                 for place in range(width):
                     size = abs(wanted[place])
                     most = max(size * _EPS, min(size, _LEAST))
-                    bits = _nearest(wanted[place] - min(max(owed[place] * share, -most), most))
+                    moved = min(max(owed[place] * share, -most), most) + _ZERO  # no -0, as there
+                    bits = _nearest(wanted[place] - moved)
                     results[place] = bits
                     wrong[place] = (_widened(bits) - wanted[place]) * weight
             _fold(terms[: end - start], width)
@@ -193,7 +194,7 @@ def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
     options = {"nogil": True, "error_model": "numpy"}
     try:
         made: Callable[..., None] = njit(_SIGNATURES[kernel], cache=True, **options)(kernel)
-    except RuntimeError:  # nowhere to keep it
+    except (RuntimeError, OSError):  # nowhere to keep it
         made = njit(_SIGNATURES[kernel], **options)(kernel)
     return made
 

@@ -92,7 +92,7 @@ class Payers:
         for target, result, up, down, share, v in zip(*views, strict=True):
             moved = room[: len(target)]
             torch.mul(debt, share, out=moved)
-            torch.clamp(moved, down, up, out=moved)
+            torch.clamp(moved, down, up, out=moved).add_(0.0)  # no -0, whichever zero a processor prefers
             torch.sub(target, moved, out=moved)
             result.copy_(moved)
             moved.copy_(result)

@@ -17,7 +17,7 @@ from abliterate.adapter.making import make_adapter
 from abliterate.adapting import adapt, check_adaptable
 from abliterate.calibration.model import LanguageModel
 from abliterate.calibration.runner import Streamed
-from abliterate.certify.weights import share_along
+from abliterate.certify.weights import shares_along
 from abliterate.conversion import prepare
 from abliterate.direction.files import load_cut
 from abliterate.edit.edits import projectors_of
@@ -100,7 +100,7 @@ def test_what_is_said_is_measured_on_what_peft_makes(family: str, tmp_path: Path
     writers = {writer.tensor: writer for writer in subject.plan.writers}
     for each in made["edit"]["tensors"]:
         writer = writers[each["tensor"]]
-        share = share_along(subject.checkpoint, writer, projectors[0].of(writer).v)
+        share = shares_along(subject.checkpoint, writer, [projectors[0].of(writer).v])[0][0]
         assert each["merged"]["after"] == pytest.approx(share, rel=1e-6), writer.tensor
         assert each["before"] is None or 30 * share < each["before"]
     stream = made["certificate"]["stream"]

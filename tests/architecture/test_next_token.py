@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from abliterate import convert
-from abliterate.certify.weights import share_along
+from abliterate.certify.weights import shares_along
 from abliterate.checkpoint.files import open_checkpoint
 from abliterate.edit.edits import Projectors
 from tests import pico
@@ -132,7 +132,7 @@ def test_a_norm_there_is_the_gain_of_its_own_layer(checkpoint: Checkpoints) -> N
     projector = Projectors(checked, H, R).of(writer(plan, "mtp.layers.0.mlp.down_proj.weight"))
     expected = R.double() * added["mtp.layers.0.post_feedforward_layernorm.weight"].double()
     torch.testing.assert_close(projector.v, expected)
-    assert share_along(checked, writer(plan, "mtp.fc.weight"), R.double()) > 0.05
+    assert shares_along(checked, writer(plan, "mtp.fc.weight"), [R.double()])[0][0] > 0.05
 
 
 @pytest.mark.parametrize("number", [4, 10, 61])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from abliterate.architecture.writer import Plan, Runtime, Step, Writer
 from abliterate.certify import weights
-from abliterate.certify.weights import share_along, tolerance, writer_residuals
+from abliterate.certify.weights import shares_along, tolerance, writer_residuals
 from abliterate.checkpoint.files import Checkpoint
 from abliterate.checkpoint.header import read_header
 from abliterate.checkpoint.read import iter_blocks
@@ -49,7 +49,7 @@ def test_share_is_right_on_every_axis(
     stored, v = normal(0, *shape).to(dtype), 3 * normal(1, HIDDEN)
     columns = stored.double().movedim(axis, 0).reshape(HIDDEN, -1)
     expected = float((v @ columns).norm() / (v.norm() * columns.norm()))
-    assert share_along(checkpoint(tmp_path, w=stored), writer(axis), v) == pytest.approx(expected, rel=1e-9)
+    assert shares_along(checkpoint(tmp_path, w=stored), writer(axis), [v])[0][0] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
@@ -58,14 +58,14 @@ def test_all_along_the_covector_is_one_and_nothing_is_zero(tmp_path: Path, shape
     v[[2, 7]] = torch.tensor([3.0, 4.0], dtype=torch.float64)
     stored = torch.zeros(shape)
     stored.movedim(axis, 0)[2], stored.movedim(axis, 0)[7] = 0.3, 0.4
-    assert share_along(checkpoint(tmp_path, w=stored), writer(axis), v) == pytest.approx(1)
+    assert shares_along(checkpoint(tmp_path, w=stored), writer(axis), [v])[0][0] == pytest.approx(1)
     stored.movedim(axis, 0)[2], stored.movedim(axis, 0)[7] = 4, -3
-    assert share_along(checkpoint(tmp_path, w=stored), writer(axis), v) == 0
+    assert shares_along(checkpoint(tmp_path, w=stored), writer(axis), [v])[0][0] == 0
 
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 def test_zeros_have_no_share(tmp_path: Path, shape: tuple[int, ...], axis: int) -> None:
-    assert share_along(checkpoint(tmp_path, w=torch.zeros(shape)), writer(axis), normal(1, HIDDEN)) == 0
+    assert shares_along(checkpoint(tmp_path, w=torch.zeros(shape)), writer(axis), [normal(1, HIDDEN)])[0][0] == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -83,7 +83,7 @@ def test_what_is_not_finite_never_holds(tmp_path: Path, shape: tuple[int, ...], 
 def test_values_too_large_for_their_squares_prove_nothing(tmp_path: Path) -> None:
     stored, v = torch.full((HIDDEN, 2), 2e154, dtype=torch.float64), torch.zeros(HIDDEN, dtype=torch.float64)
     stored[0], v[0] = 1e153, 1
-    assert math.isnan(share_along(checkpoint(tmp_path, w=stored), writer(0), v))
+    assert math.isnan(shares_along(checkpoint(tmp_path, w=stored), writer(0), [v])[0][0])
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_the_share_along_several_covectors_is_that_of_their_span(
     columns = stored.double().movedim(axis, 0).reshape(HIDDEN, -1)
     expected = float((basis @ columns).norm() / columns.norm())
     opened = checkpoint(tmp_path, w=stored)
-    assert share_along(opened, writer(axis), basis) == pytest.approx(expected, rel=1e-9)
-    assert share_along(opened, writer(axis), basis[:1]) == pytest.approx(
-        share_along(opened, writer(axis), basis[0]), rel=1e-9
+    assert shares_along(opened, writer(axis), [basis])[0][0] == pytest.approx(expected, rel=1e-9)
+    assert shares_along(opened, writer(axis), [basis[:1]])[0][0] == pytest.approx(
+        shares_along(opened, writer(axis), [basis[0]])[0][0], rel=1e-9
     )
 
 

@@ -19,13 +19,13 @@ from abliterate.edit.cut import Cut
 from abliterate.edit.edits import build_edits
 from abliterate.edit.projections import (
     LocalProjection,
-    Projection,
     SpanProjection,
     StreamedProjection,
     projection,
 )
 from abliterate.edit.projector import Projector, make_projector, span_projector
 from abliterate.errors import EditError
+from tests.edit.applying import info_of, run
 
 STORED = ("F32", "F64", "BF16", "F16")
 # Shapes with the hidden axis in their midst: (dimensions before it, dimensions after it).
@@ -52,29 +52,6 @@ def span(hidden: int, seed: int = 0, count: int = 4) -> Projector:
 
 def weight(dtype: str, *shape: int, seed: int = 7) -> Tensor:
     return (0.02 * normal(seed, *shape)).to(DTYPES[dtype])
-
-
-def info_of(stored: Tensor) -> TensorInfo:
-    dtype = next(name for name, known in DTYPES.items() if known == stored.dtype)
-    return TensorInfo("w", dtype, tuple(stored.shape), 0, stored.nbytes)
-
-
-def run(edit: Projection, stored: Tensor, rows: int = 1 << 30) -> Tensor:
-    """In blocks, as checkpoint/rewrite.py does: vectors whole, one buffer lent for all blocks."""
-    rows = min(rows, len(stored)) if stored.dim() > 1 else len(stored)
-    slices = [slice(first, min(len(stored), first + rows)) for first in range(0, len(stored), rows)]
-    lent = torch.empty_like(stored[:rows])
-
-    def block(part: slice) -> Tensor:
-        return lent[: part.stop - part.start].copy_(stored[part])
-
-    for _ in range(edit.passes):
-        for part in slices:
-            edit.measure(part, block(part))
-    result = torch.cat([edit.apply(part, block(part)) for part in slices])
-    for row, stored_late in edit.late():
-        result[row] = stored_late
-    return result
 
 
 def edited(stored: Tensor, axis: int, projector: Projector, strength: float = 1.0, directional: bool = True) -> Tensor:

@@ -1,7 +1,10 @@
 """Compiled kernels give the bytes that torch's operations give, wherever they are used; without Numba all goes on."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,12 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from abliterate.checkpoint.header import DTYPES, TensorInfo
+import abliterate.edit as package
+from abliterate.checkpoint.header import TensorInfo
+from abliterate.edit import edits
 from abliterate.edit import fused as module
+from abliterate.edit.cut import Cut
 from abliterate.edit.formula import Formula
 from abliterate.edit.fused import WORTH_BYTES, Fused, fused, worth_it
-from abliterate.edit.projections import LocalProjection, projection
+from abliterate.edit.projections import projection
 from abliterate.edit.projector import Projector, make_projector
+from abliterate.subject import open_subject
+from tests import pico
+from tests.edit.applying import info_of, run
 
 needs_numba = pytest.mark.skipif(fused() is None, reason="Numba (the extra `fast`) is not installed")
 SEEDS = st.integers(0, 2**32 - 1)
@@ -44,17 +53,7 @@ def weights(kind: str, seed: int, v: Tensor, n: int) -> Tensor:
 def edited(
     stored: Tensor, axis: int, projector: Projector, kernels: Fused | None, strength: float, rows: int
 ) -> Tensor:
-    name = next(name for name, known in DTYPES.items() if known == stored.dtype)
-    info = TensorInfo("w", name, tuple(stored.shape), 0, stored.nbytes)
-    edit = projection(info, axis, projector, strength, fused=kernels)
-    parts = [slice(first, min(len(stored), first + rows)) for first in range(0, len(stored), rows)]
-    for _ in range(edit.passes):
-        for part in parts:
-            edit.measure(part, stored[part])
-    result = torch.cat([edit.apply(part, stored[part]) for part in parts])
-    for row, values in edit.late():
-        result[row] = values
-    return result
+    return run(projection(info_of(stored), axis, projector, strength, fused=kernels), stored, rows)
 
 
 def same(left: Tensor, right: Tensor) -> bool:
@@ -73,6 +72,19 @@ def test_the_bytes_are_those_of_torch(
     stored = stored if axis == 0 else stored.T.contiguous()
     strength, rows = data.draw(st.sampled_from((1.0, 0.7))), data.draw(st.integers(1, len(stored)))
     ways = [edited(stored, axis, projector, kernels, strength, rows) for kernels in (None, fused())]
+    assert same(*ways)
+
+
+@needs_numba
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kind", ["tiny", "pruned"])
+def test_zeros_of_both_signs(kind: str, axis: int) -> None:
+    """Comparisons do not tell them apart, bytes do."""
+    projector = make_projector(normal(36, 522))
+    stored = weights(kind, 40, projector.v, 39).bfloat16()
+    stored[:, ::2] = torch.where(stored[:, ::2] == 0, -0.0, stored[:, ::2])
+    matrix = stored if axis == 0 else stored.T.contiguous()
+    ways = [edited(matrix, axis, projector, kernels, 1.0, 16) for kernels in (None, fused())]
     assert same(*ways)
 
 
@@ -127,16 +139,47 @@ def test_kernels_are_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_little_work_is_not_worth_loading_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = object()
+    """Nor is what they cannot do."""
+    kernels, half = object(), WORTH_BYTES // 2
     monkeypatch.setattr(module, "fused", lambda: kernels)
-    assert worth_it(WORTH_BYTES - 1) is None
-    assert worth_it(WORTH_BYTES) is kernels
+
+    def tensors(dtype: str, *sizes: int, dimensions: int = 2) -> list[TensorInfo]:
+        return [TensorInfo("w", dtype, (1,) * (dimensions - 1) + (size // 2,), 0, size) for size in sizes]
+
+    assert worth_it(tensors("BF16", half, half)) is kernels
+    assert worth_it(tensors("BF16", half, half - 2)) is None
+    assert worth_it(tensors("F16", half, half)) is None
+    assert worth_it(tensors("BF16", half, half, dimensions=1)) is None
 
 
-def test_without_numba_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_numba
+@pytest.mark.parametrize(("cut", "used"), [("one", True), ("several", False), ("norms", False)])
+def test_they_are_asked_for_where_one_direction_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str, used: bool
+) -> None:
+    monkeypatch.setattr(module, "WORTH_BYTES", 1)
+    subject = open_subject(str(pico.save(tmp_path / "m", "llama", dtype=torch.bfloat16)))
+    layers, hidden = subject.plan.num_layers, subject.plan.hidden_size
+    basis = torch.linalg.qr(normal(0, hidden, 2)).Q.T
+    removed = Cut.uniform(basis if cut == "several" else basis[0], layers, keep_norms=cut == "norms")
+    asked: list[bool] = []
+    monkeypatch.setattr(edits, "worth_it", lambda tensors: asked.append(True))
+    assert edits.build_edits(subject.checkpoint, subject.plan, removed)
+    assert bool(asked) is used
+
+
+def test_without_numba_torch_does_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "abliterate.edit.kernels", raising=False)
-    monkeypatch.delattr("abliterate.edit.kernels", raising=False)
     assert fused.__wrapped__() is None
-    edit = projection(TensorInfo("w", "BF16", (5, 8), 0, 80), 1, make_projector(normal(0, 8)), fused=None)
-    assert isinstance(edit, LocalProjection)
+    assert not caplog.records
+
+
+@needs_numba
+def test_with_a_numba_that_fails_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    broken = ModuleType("numba")
+    broken.__spec__ = importlib.util.find_spec("numba")
+    monkeypatch.setitem(sys.modules, "numba", broken)
+    monkeypatch.delitem(sys.modules, "abliterate.edit.kernels")
+    monkeypatch.delattr(package, "kernels")
+    assert fused.__wrapped__() is None
+    assert "Numba does not work here (cannot import name" in caplog.text

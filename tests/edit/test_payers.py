@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from abliterate.checkpoint.header import DTYPES, TensorInfo
 from abliterate.edit.payers import Payers, choose_payers, paces_of
 from abliterate.edit.projections import projection
 from abliterate.edit.projector import make_projector
 from abliterate.edit.rounding import round_whole
+from tests.edit.applying import info_of, run
 
 SEEDS, FEW_BITS = st.integers(0, 2**32 - 1), st.sampled_from((torch.bfloat16, torch.float16))
 
@@ -67,16 +67,7 @@ def test_a_debt_is_paid(seed: int, hidden: int, dtype: torch.dtype) -> None:
 
 
 def edited(stored: Tensor, axis: int, v: Tensor, rows: int) -> Tensor:
-    dtype = next(name for name, known in DTYPES.items() if known == stored.dtype)
-    edit = projection(TensorInfo("w", dtype, tuple(stored.shape), 0, stored.nbytes), axis, make_projector(v))
-    parts = [slice(first, min(len(stored), first + rows)) for first in range(0, len(stored), rows)]
-    for _ in range(edit.passes):
-        for part in parts:
-            edit.measure(part, stored[part])
-    result = torch.cat([edit.apply(part, stored[part]) for part in parts])
-    for row, values in edit.late():
-        result[row] = values
-    return result
+    return run(projection(info_of(stored), axis, make_projector(v)), stored, rows)
 
 
 KINDS = st.sampled_from(("dense", "pruned", "heavy", "rank 1", "small"))

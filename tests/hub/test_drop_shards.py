@@ -3,10 +3,7 @@
 import json
 import re
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +22,7 @@ from tests import hub_client, pico
 from tests.commandline import Ran, names, run_here, snapshot
 from tests.hub_store import Blob, Fault, Store
 from tests.hub_uploads import uploads
+from tests.hub_watch import FETCHED, watched
 
 MODEL, NAME = "org/base", "org/name"
 LIMIT = 150_000
@@ -91,29 +89,11 @@ def told(ran: Ran, *said: str) -> None:
     assert ran.code == 1 and len(lines) == 1 and all(text in lines[0] for text in said), ran
 
 
-@contextmanager
-def watched(place: Path) -> Iterator[list[int]]:
-    """The most bytes of shards that are on the disk at any time: of the base, and of the result."""
-    most, stop, work = [0], threading.Event(), place / ".out.abliterate-work"
-    fetched = (place / "home/abliterate", "*/*/shards/*"), (work / "hub", "*/*/shards/*")
-    written = (work / "out", "model-*.safetensors"), (work / "out", ".model-*.safetensors.partial")
-
-    def look() -> None:
-        while not stop.is_set():
-            try:
-                size = sum(path.stat().st_size for folder, form in (*fetched, *written) for path in folder.glob(form))
-            except FileNotFoundError:
-                size = 0  # seen at no one moment: what is there now counts with the next look
-            most[0] = max(most[0], size)
-            time.sleep(0.0002)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield most
-    finally:
-        stop.set()
-        thread.join()
+def places(at: Path) -> tuple[tuple[Path, str], ...]:
+    """Where shards lie: of the base, of the result as it is written, and as it is read back."""
+    work = at / ".out.abliterate-work"
+    written = [(work / "out", form) for form in ("model-*.safetensors", ".model-*.safetensors.partial")]
+    return (at / "home", FETCHED), (work / "hub", FETCHED.partition("/")[2]), *written
 
 
 def test_within_the_least_limit_that_works(
@@ -127,7 +107,7 @@ def test_within_the_least_limit_that_works(
     assert limit < 0.6 * sum(len(plain[name]) for name in shards(plain))
     told(run_here(*words[:-1], f"{limit - 1}B"), "is too little for org/base")
     monkeypatch.setattr(store, "slow", 0.002)  # so that shards wait to be sent
-    with watched(tmp_path) as most:
+    with watched(*places(tmp_path)) as most:
         ran = run_here(*words[:-1], f"{limit}B")
     finished(ran, store, plain, tmp_path)
     assert max(len(plain[name]) for name in shards(plain)) < most[0] <= limit
@@ -369,7 +349,7 @@ def test_another_branch_than_main(
 
 def test_a_base_that_is_here(words: list[str], store: Store, base: Path, tmp_path: Path) -> None:
     here = [str(base) if word == MODEL else word for word in words]
-    with watched(tmp_path) as most:
+    with watched(*places(tmp_path)) as most:
         ran = run_here(*here)
     found = {name: blob.content for name, blob in store.repositories[NAME].files().items()}
     assert ran.code == 0 and 0 < most[0] <= LIMIT and len(shards(found)) == 6
