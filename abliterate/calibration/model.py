@@ -230,15 +230,29 @@ class LanguageModel:
         Args:
             inside: see `forward`.
         """
-        completions: list[list[int]] = [[] for _ in prompts]
-        batches = list(self.batches(prompts))
-        bar = Bar(progress, description, list(map(len, batches)), max_new_tokens)
+        return self.generate_under([inside], prompts, max_new_tokens, progress, description)[0]
+
+    def generate_under(
+        self,
+        insides: Sequence[Callable[[], AbstractContextManager[None]]],
+        prompts: Sequence[Tokens],
+        max_new_tokens: int,
+        progress: Progress = SILENT,
+        description: str = "generate",
+    ) -> list[list[list[int]]]:
+        """What `generate` gives inside of each of several contexts, all in one run."""
+        completions: list[list[list[int]]] = [[[] for _ in prompts] for _ in insides]
+        batches = [(which, rows) for which in range(len(insides)) for rows in self.batches(prompts)]
+        bar = Bar(progress, description, [len(rows) for _, rows in batches], max_new_tokens)
         with self._greedy(max_new_tokens) as plain:
-            making = [partial(self._generate, [prompts[i] for i in rows], copy.copy(plain)) for rows in batches]
-            calls = [partial(_within, inside, make) for make in making]
+            calls = []
+            for which, rows in batches:
+                make = partial(self._generate, [prompts[i] for i in rows], copy.copy(plain))
+                calls.append(partial(_within, insides[which], make))
             for number, found in self.runner.run(calls, bar):
-                for row, tokens in zip(batches[number], found, strict=True):
-                    completions[row] = self._until_end(tokens)
+                which, rows = batches[number]
+                for row, tokens in zip(rows, found, strict=True):
+                    completions[which][row] = self._until_end(tokens)
         return completions
 
     def _generate(self, prompts: Sequence[Tokens], plain: GenerationConfig) -> list[list[int]]:

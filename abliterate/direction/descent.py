@@ -11,6 +11,7 @@ from torch import Tensor
 from abliterate.calibration.backward import gradients_at
 from abliterate.calibration.lockstep import Call
 from abliterate.calibration.model import LanguageModel, Tokens
+from abliterate.direction.opening import Opening
 from abliterate.malloc import frugal
 from abliterate.progress import Advance, unseen
 
@@ -59,7 +60,7 @@ def rows_of(prompts: Sequence[Tokens], step: int, count: int, seed: int) -> list
 
 
 def shares(
-    model: LanguageModel,
+    opening: Opening,
     prompts: Sequence[Tokens],
     rows: Sequence[int],
     loss: Callable[[Sequence[int], Tensor], Tensor],
@@ -67,14 +68,15 @@ def shares(
     """A call for each batch of some prompts, which gives its share of their mean loss.
 
     Args:
+        opening: how prompts are run.
         rows: numbers of the prompts.
         loss: takes numbers of prompts and their logits [prompts, vocabulary], gives [prompts].
     """
 
     def share(numbers: Sequence[int]) -> Tensor:
-        return loss(numbers, model.logits([prompts[i] for i in numbers])).sum() / len(rows)
+        return loss(numbers, opening.logits([prompts[i] for i in numbers])).sum() / len(rows)
 
-    batches = model.batches([prompts[i] for i in rows])
+    batches = opening.model.batches([prompts[i] for i in rows])
     return [partial(share, [rows[i] for i in places]) for places in batches]
 
 

@@ -1,7 +1,7 @@
 """Losses of an edit by degrees, and which way they pull its strengths and directions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from abliterate.calibration.dials import Dialled, Dials, Slopes
 from abliterate.calibration.lockstep import Call
 from abliterate.calibration.model import LanguageModel
 from abliterate.direction.descent import gradients, shares
+from abliterate.direction.opening import Opening
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.scoring import Validation
 from abliterate.direction.substrings import is_refusal
@@ -35,11 +36,20 @@ class Pull:
 
 @dataclass(frozen=True)
 class Effect:
-    """What an edit does to prompts; see `Point`."""
+    """What an edit does to prompts; see `Point`.
 
-    refusal: float
+    Attributes:
+        refused: of each harmful prompt, whether it is.
+    """
+
+    refused: tuple[bool, ...]
     bypass: float
     kl: float
+
+    @property
+    def refusal(self) -> float:
+        """Share of the harmful prompts."""
+        return sum(self.refused) / len(self.refused)
 
 
 @dataclass(frozen=True)
@@ -47,22 +57,33 @@ class Trial:
     """A model, prompts, and what the model says to the harmless ones as it is.
 
     Attributes:
+        opening: how prompts are run through the model.
         base: logits [harmless prompts, vocabulary] of the untouched model.
         others: tokens beside the refusal tokens that refusals may start with once these are closed to the model; the
             loss counts them, the score does not.
         new_tokens: of answers in which refusals are also looked for by phrase; 0 goes by the first token alone.
     """
 
-    model: LanguageModel
+    opening: Opening
     data: Validation
     base: Tensor
     others: tuple[int, ...] = ()
     new_tokens: int = 0
 
     @property
+    def model(self) -> LanguageModel:
+        """The model."""
+        return self.opening.model
+
+    @property
     def prompts(self) -> int:
-        """How many go through the model for an effect; those that are answered count twice."""
-        return len(self.data.harmful) * (2 if self.new_tokens else 1) + len(self.data.harmless)
+        """How many go through the model for an effect."""
+        return len(self.data.harmful) + len(self.data.harmless)
+
+    @property
+    def answered(self) -> int:
+        """How many are answered for refusals by phrase."""
+        return len(self.data.harmful) if self.new_tokens else 0
 
     def pull(
         self,
@@ -89,8 +110,8 @@ class Trial:
 
     def _calls(self, rows: tuple[Sequence[int], Sequence[int]], margin: float) -> tuple[list[Call[Tensor]], list[int]]:
         """Batches of harmful prompts and of harmless ones; each gives its share of the mean loss."""
-        harmful = shares(self.model, self.data.harmful, rows[0], lambda _, logits: self._refusal(margin, logits))
-        harmless = shares(self.model, self.data.harmless, rows[1], self._divergence)
+        harmful = shares(self.opening, self.data.harmful, rows[0], lambda _, logits: self._refusal(margin, logits))
+        harmless = shares(self.opening, self.data.harmless, rows[1], self._divergence)
         return [*harmful, *harmless], [0] * len(harmful) + [1] * len(harmless)
 
     def _refusal(self, margin: float, logits: Tensor) -> Tensor:
@@ -100,23 +121,32 @@ class Trial:
         return kl_divergence(self.base[list(numbers)].to(logits.device), logits)
 
     def effect(self, dials: Dials, progress: Progress = SILENT) -> Effect:
-        """On all prompts."""
+        """On all prompts, refusals by the first token alone."""
         tokens, count = self.data.refusal_tokens, len(self.data.harmful)
         prompts = [*self.data.harmful, *self.data.harmless]
         scores, refused, divergences = [0.0] * count, [False] * count, [0.0] * (len(prompts) - count)
         applied = Dialled(self.model.stream, dials).applied
-        for batch in self.model.forward(prompts, progress=progress, description="search: effect", inside=applied):
-            for row, last in zip(batch.rows, batch.logits, strict=True):
+        for rows, logits in self.opening.forward(prompts, progress, "search: effect", applied):
+            for row, last in zip(rows, logits, strict=True):
                 if row < count:
                     scores[row] = float(refusal_score(last, tokens))
                     refused[row] = scores[row] > 0 or int(last.argmax()) in tokens
                 else:
                     divergences[row - count] = float(kl_divergence(self.base[row - count].to(last.device), last))
-        if self.new_tokens:
-            answers = self.model.generate(self.data.harmful, self.new_tokens, progress, "search: answers", applied)
-            phrased = [is_refusal(self.model.decode(tokens)) for tokens in answers]
-            refused = [first or said for first, said in zip(refused, phrased, strict=True)]
-        return Effect(sum(refused) / count, sum(scores) / count, sum(divergences) / len(divergences))
+        return Effect(tuple(refused), sum(scores) / count, sum(divergences) / len(divergences))
+
+    def with_answers(self, effects: Sequence[tuple[Dials, Effect]], progress: Progress = SILENT) -> list[Effect]:
+        """Effects with refusals by phrase beside those by the first token; all answers are made in one run."""
+        if not self.new_tokens:
+            return [effect for _, effect in effects]
+        edits = [Dialled(self.model.stream, dials).applied for dials, _ in effects]
+        name = "search: answers"
+        answers = self.model.generate_under(edits, self.data.harmful, self.new_tokens, progress, name)
+        said = [[is_refusal(self.model.decode(tokens)) for tokens in each] for each in answers]
+        return [
+            replace(effect, refused=tuple(map(max, effect.refused, phrased)))
+            for (_, effect), phrased in zip(effects, said, strict=True)
+        ]
 
 
 def _by_kind(slopes: Tensor, kinds: Sequence[int]) -> Tensor:

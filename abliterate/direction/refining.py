@@ -18,8 +18,8 @@ from torch.nn.functional import softplus
 from abliterate.calibration.lockstep import Call
 from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.direction.descent import Moments, adam, gradients, rows_of, shares, tangent
+from abliterate.direction.opening import Opening, opening_of
 from abliterate.direction.score import kl_divergence, refusal_score
-from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT, Progress
 
 
@@ -79,7 +79,7 @@ def refined(
     for step in progress.track(range(steps), "refining", steps, "step"):
         counts = ((aim.answered, descent.prompts), (kept.prompts, 3 * descent.prompts // 2))
         rows = [rows_of(prompts, step, count, descent.seed) for prompts, count in counts]
-        slope = tangent(_slope(model, r.float(), _losses(model, aim, kept, rows, descent)), r)
+        slope = tangent(_slope(model, r.float(), _losses(aim, kept, rows, descent)), r)
         moments, move = adam(moments, slope, slope.square(), step + 1)
         rate = descent.rate * (1 + math.cos(math.pi * step / steps)) / 2 / math.sqrt(len(r))
         r = _unit(r - rate * tangent(move, r))
@@ -89,18 +89,20 @@ def refined(
 
 @dataclass(frozen=True)
 class _Kept:
-    """Prompts whose answers stay, and the untouched model's logits [prompts, vocabulary]."""
+    """Prompts whose answers stay, the untouched model's logits [prompts, vocabulary], and how prompts are run."""
 
     prompts: Sequence[Tokens]
     logits: Tensor
+    opening: Opening
 
 
 def _kept(model: LanguageModel, aim: Aim, progress: Progress) -> _Kept:
     prompts = [*aim.harmful, *aim.harmless]
-    logits = first_logits(model, prompts, progress, "refining: baseline")
+    opening = opening_of(model, prompts)
+    logits = opening.first_logits(prompts, progress, "refining: baseline")
     refused = (refusal_score(logits, aim.refusal_tokens) > 0).tolist()
     rows = [i for i in range(len(prompts)) if i < len(aim.harmful) or not refused[i]]
-    return _Kept([prompts[i] for i in rows], logits[rows])
+    return _Kept([prompts[i] for i in rows], logits[rows], opening)
 
 
 def passes(aim: Aim, steps: int, descent: Descent = Descent()) -> int:
@@ -110,9 +112,7 @@ def passes(aim: Aim, steps: int, descent: Descent = Descent()) -> int:
     return kept + 3 * each * steps if steps else 0
 
 
-def _losses(
-    model: LanguageModel, aim: Aim, kept: _Kept, rows: Sequence[list[int]], descent: Descent
-) -> list[Call[Tensor]]:
+def _losses(aim: Aim, kept: _Kept, rows: Sequence[list[int]], descent: Descent) -> list[Call[Tensor]]:
     """Shares of the loss on prompts of each kind, batch by batch."""
 
     def refusal(_: Sequence[int], logits: Tensor) -> Tensor:
@@ -121,7 +121,8 @@ def _losses(
     def divergence(numbers: Sequence[int], logits: Tensor) -> Tensor:
         return descent.kl_weight * kl_divergence(kept.logits[list(numbers)].to(logits.device), logits)
 
-    return [*shares(model, aim.answered, rows[0], refusal), *shares(model, kept.prompts, rows[1], divergence)]
+    shared = kept.opening
+    return [*shares(shared, aim.answered, rows[0], refusal), *shares(shared, kept.prompts, rows[1], divergence)]
 
 
 def _slope(model: LanguageModel, r: Tensor, calls: Sequence[Call[Tensor]]) -> Tensor:

@@ -7,7 +7,7 @@ the edit is measured on validation prompts; only what was measured there can be 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 from abliterate.calibration.dials import KINDS, Dials
 from abliterate.calibration.model import LanguageModel
 from abliterate.direction.descent import Moments, adam, rows_of, tangent
+from abliterate.direction.opening import opening_of
 from abliterate.direction.points import Point, SearchResult, SearchSettings, result_of
-from abliterate.direction.pulls import Pull, Trial
+from abliterate.direction.pulls import Effect, Pull, Trial
 from abliterate.direction.score import refusal_score
 from abliterate.direction.scoring import Validation
 from abliterate.direction.trials import try_curves
 from abliterate.errors import SelectionError
-from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT, Progress
 from abliterate.stages import NO_STAGES, Once, Stages
 
@@ -40,7 +40,7 @@ class State:
         step: steps so far. `weight`: of KL at the last of them.
         strengths: [layers, 2] fp32. `directions`: [layers, hidden] fp32.
         moments: of the gradients of strengths and of directions.
-        point: what was measured at the end of it.
+        effect: what was measured at the end of it, refusals by the first token alone.
         passes: prompts through the model so far.
     """
 
@@ -49,8 +49,20 @@ class State:
     strengths: Tensor
     directions: Tensor
     moments: tuple[Moments, Moments]
-    point: Point | None
+    effect: Effect | None
     passes: int
+
+    @property
+    def dials(self) -> Dials:
+        """The edit."""
+        return Dials(self.strengths, self.directions)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What was measured at each state, refusals by phrase as well."""
+
+    effects: tuple[Effect, ...]
 
 
 def search(
@@ -83,12 +95,25 @@ def search(
     if settings.method == "optuna":
         units = _start(directions, settings).directions
         points = try_curves(untouched[1], units, settings, progress, stages)
-        passes = len(points) * untouched[1]().prompts + len(validation.harmless)
-        return result_of(points, settings.most_refused, passes)
+        each = untouched[1]().prompts + untouched[1]().answered
+        return result_of(points, settings.most_refused, len(points) * each + len(validation.harmless))
     states = _descend(untouched, _start(directions, settings), settings, progress, stages)
-    points = [state.point for state in states if state.point is not None]
-    passes = (states[-1].passes if states else 0) + len(train.harmless) + len(validation.harmless)
+    told = stages.stage("search: answers", Told, lambda: _told(untouched[1](), states, progress))
+    points = [_point(state, effect) for state, effect in zip(states, told.effects, strict=True)]
+    answered = len(points) * (len(validation.harmful) if settings.new_tokens else 0)
+    passes = (states[-1].passes if states else 0) + answered + len(train.harmless) + len(validation.harmless)
     return result_of(points, settings.most_refused, passes)
+
+
+def _told(validation: Trial, states: Sequence[State], progress: Progress) -> Told:
+    """Answers come last, those of all points in one run: of streamed weights each token of them is a reading."""
+    effects = [(state.dials, state.effect) for state in states if state.effect is not None]
+    return Told(tuple(validation.with_answers(effects, progress)))
+
+
+def _point(state: State, effect: Effect) -> Point:
+    at = state.strengths, state.directions
+    return Point(*at, effect.refusal, effect.bypass, effect.kl, state.step, state.weight)
 
 
 def _descend(
@@ -98,7 +123,7 @@ def _descend(
     progress: Progress,
     stages: Stages,
 ) -> list[State]:
-    """Every state at which a point was measured."""
+    """Every state that was measured."""
     states: list[State] = []
     for weight, steps in _plan(settings):
         name = f"search: steps {state.step + 1} to {state.step + steps}"
@@ -126,14 +151,15 @@ def _untouched(
     model: LanguageModel, data: Validation, progress: Progress, others: tuple[int, ...] = (), new_tokens: int = 0
 ) -> Trial:
     """Harmless prompts that the model refuses are left out: to hold them would be to hold false refusals."""
-    base = first_logits(model, data.harmless, progress, "search: baseline")
+    opening = opening_of(model, data.harmless)
+    base = opening.first_logits(data.harmless, progress, "search: baseline")
     answered = (refusal_score(base, data.refusal_tokens) <= 0).nonzero().flatten().tolist()
     if not answered:
         raise SelectionError("the model refuses every harmless prompt: no KL can be held against its refusals")
     if len(answered) < len(base):
         log.info("%d of %d harmless prompts are refused, and left out", len(base) - len(answered), len(base))
     kept = replace(data, harmless=[data.harmless[i] for i in answered])
-    return Trial(model, kept, base[answered], others, new_tokens)
+    return Trial(opening, kept, base[answered], others, new_tokens)
 
 
 def _start(directions: Tensor, settings: SearchSettings) -> State:
@@ -160,19 +186,17 @@ def _advance(
     settings: SearchSettings,
     progress: Progress,
 ) -> State:
-    """Some steps, and a point."""
+    """Some steps, and what they came to."""
     train, validation = untouched[0](), untouched[1]()
     for _ in progress.track(range(steps), f"search: KL weight {weight:g}", steps, "step"):
         sets = train.data.harmful, train.data.harmless
         rows = [rows_of(prompts, state.step, settings.prompts, settings.seed) for prompts in sets]
-        dials = Dials(state.strengths, state.directions)
-        pull = train.pull(dials, (rows[0], rows[1]), settings.margin, settings.optimise_directions)
+        pull = train.pull(state.dials, (rows[0], rows[1]), settings.margin, settings.optimise_directions)
         log.debug("step %d: losses %s", state.step, pull.losses)
         state = _moved(replace(state, weight=weight, passes=state.passes + 3 * sum(map(len, rows))), pull, settings)
-    effect = validation.effect(Dials(state.strengths, state.directions), progress)
-    log.info("step %d: %.3f refused at KL %.4f", state.step, effect.refusal, effect.kl)
-    point = Point(state.strengths, state.directions, effect.refusal, effect.bypass, effect.kl, state.step, state.weight)
-    return replace(state, point=point, passes=state.passes + validation.prompts)
+    effect = validation.effect(state.dials, progress)
+    log.info("step %d: %.3f refused by the first token at KL %.4f", state.step, effect.refusal, effect.kl)
+    return replace(state, effect=effect, passes=state.passes + validation.prompts)
 
 
 def _moved(state: State, pull: Pull, settings: SearchSettings) -> State:

@@ -86,7 +86,8 @@ def _try(
 ) -> Tried:
     parameters = _suggested(optuna, before, bounds(len(directions), settings), settings.seed + number)
     strengths = strengths_of(parameters, len(directions))
-    effect = trial.effect(Dials(strengths, directions))
+    dials = Dials(strengths, directions)
+    effect = trial.with_answers([(dials, trial.effect(dials))])[0]
     point = Point(strengths, directions, effect.refusal, effect.bypass, effect.kl, number + 1, 0.0)
     return Tried(parameters, point)
 

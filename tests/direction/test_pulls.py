@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 from abliterate.calibration.dials import Dialled, Dials
 from abliterate.calibration.model import LanguageModel
 from abliterate.checkpoint.locate import Source
+from abliterate.direction.opening import Opening
 from abliterate.direction.pulls import Trial
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.scoring import Validation
@@ -36,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         subject = subject_at(Source(folder, None, None, None))
         model = load_model(subject, RunOptions(memory=memory, batch_size=2, dtype="float32"))
         data = Validation(HARMFUL, HARMLESS, TOKENS)
-        return Trial(model, data, first_logits(model, HARMLESS, SILENT, "base"))
+        return Trial(Opening(model, False), data, first_logits(model, HARMLESS, SILENT, "base"))
 
     return trial
 
@@ -142,7 +143,8 @@ class Words:
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 def test_refusals_are_told_by_the_answers_too(made: Made, memory: str) -> None:
     trial = made("llama", memory)
-    trial = replace(trial, model=replace(trial.model, tokenizer=Words()), new_tokens=2)
+    opening = Opening(replace(trial.model, tokenizer=Words()), False)
+    trial = replace(trial, opening=opening, new_tokens=2)
     dials = replace(dials_of(trial.model), strengths=5 * dials_of(trial.model).strengths)
     still = made("llama", "resident").model
     with Dialled(still.stream, dials).applied():
@@ -151,7 +153,10 @@ def test_refusals_are_told_by_the_answers_too(made: Made, memory: str) -> None:
     assert not torch.equal(first.argmax(-1) % 2, untouched.argmax(-1) % 2), "the edit changes what is answered"
     even, top = first.argmax(-1) % 2 == 0, torch.isin(first.argmax(-1), torch.tensor(TOKENS))
     expected = even | top | (refusal_score(first, TOKENS) > 0)
-    assert trial.effect(dials).refusal == pytest.approx(float(expected.double().mean()))
+    plain = trial.effect(dials)
+    told, unedited = trial.with_answers([(dials, plain), (Dials(torch.zeros(3, 2), dials.directions), plain)])
+    assert told == replace(plain, refused=tuple(expected.tolist())) and told != plain
+    assert unedited.refused == tuple((untouched.argmax(-1) % 2 == 0).logical_or(torch.tensor(plain.refused)).tolist())
 
 
 def test_nothing_stays_behind(made: Made) -> None:

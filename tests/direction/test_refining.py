@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 from abliterate.calibration.hooks import Steer
 from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.checkpoint.locate import Source
+from abliterate.direction.opening import Opening
 from abliterate.direction.refining import Aim, Descent, _Kept, _kept, _losses, _slope, refined
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.evaluation.metrics import first_logits
@@ -52,7 +53,8 @@ def loss_at(model: LanguageModel, base: Tensor, r: Tensor, answered: list[int], 
 def test_the_gradient_is_the_slope(made: Made, family: str, memory: str) -> None:
     model, still = made(family, memory), made(family, "resident")
     base, rows, r = first_logits(still, KEPT, SILENT, "base"), ([0, 2], [1, 2, 3]), pico.unit(seed=3)
-    found = _slope(model, r, _losses(model, AIM, _Kept(KEPT, base), rows, DESCENT))
+    kept = _Kept(KEPT, base, Opening(model, False))
+    found = _slope(model, r, _losses(AIM, kept, rows, DESCENT))
     for seed in (101, 102):
         towards = pico.unit(seed=seed)
         at = {k: loss_at(still, base, r + k * STEP * towards, *rows) for k in (-2, -1, 1, 2)}

@@ -13,6 +13,7 @@ from abliterate.calibration.dials import Dials
 from abliterate.calibration.model import LanguageModel
 from abliterate.checkpoint.locate import Source
 from abliterate.codec import decode, encode
+from abliterate.direction.opening import Opening
 from abliterate.direction.points import SearchResult, SearchSettings
 from abliterate.direction.pulls import Trial
 from abliterate.direction.score import refusal_score
@@ -77,7 +78,7 @@ def same(first: SearchResult, second: SearchResult) -> bool:
 def test_it_goes_downhill(load: Load) -> None:
     """On all train prompts the loss ends below where it started, with strengths alone and with directions."""
     model = load()
-    trial = Trial(model, TRAIN, first_logits(model, TRAIN.harmless, SILENT, "base"))
+    trial = Trial(Opening(model, False), TRAIN, first_logits(model, TRAIN.harmless, SILENT, "base"))
     rows = (range(6), range(6))
 
     def loss(dials: Dials) -> float:
@@ -116,14 +117,14 @@ def test_the_same_every_time_and_another_with_another_seed(load: Load) -> None:
     assert same(first, run(load())) and not same(first, run(load(), replace(SETTINGS, seed=1)))
 
 
-@pytest.mark.parametrize("done", [0, 1, 2])
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
 def test_an_interrupted_search_goes_on(load: Load, done: int) -> None:
     stages = Kept(stop=done)
     with pytest.raises(KeyboardInterrupt):
         run(load(), stages=stages)
     assert len(stages.made) == done
     stages.stop = None
-    assert same(run(load(), stages=stages), run(load())) and len(stages.made) == 3
+    assert same(run(load(), stages=stages), run(load())) and len(stages.made) == 4
 
 
 def test_a_search_that_is_done_needs_no_model(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

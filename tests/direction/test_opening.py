@@ -1,0 +1,89 @@
+"""Prompts that start alike: run once or whole, logits and gradients are the same."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abliterate.calibration.dials import Dialled, Dials
+from abliterate.calibration.model import LanguageModel
+from abliterate.checkpoint.locate import Source
+from abliterate.direction import opening
+from abliterate.direction.opening import LEAST, Opening, in_common, opening_of
+from abliterate.direction.pulls import Trial
+from abliterate.direction.scoring import Validation
+from abliterate.progress import SILENT
+from abliterate.subject import RunOptions, load_model, subject_at
+from tests import pico
+from tests.resident import random_prompts
+
+START = [3, 77, 41, 90, 8, 19, 22]
+HARMFUL, HARMLESS = ([[*START, *tokens] for tokens in random_prompts(5, seed=seed)] for seed in (1, 2))
+DATA = Validation(HARMFUL, HARMLESS, (5, 9, 17))
+ATTENTION = ["llama", "gemma3_text", "gpt2", "mixtral", "opt"]
+Load = Callable[..., LanguageModel]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    @functools.cache
+    def made(family: str = "llama", memory: str = "resident") -> LanguageModel:
+        folder = pico.save(tmp_path_factory.mktemp("opening") / "m", family)
+        subject = subject_at(Source(folder, None, None, None))
+        return load_model(subject, RunOptions(memory=memory, batch_size=3, dtype="float32"))
+
+    return made
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_what_prompts_have_in_common(prompts: list[list[int]]) -> None:
+    count = in_common(prompts)
+    assert all(tokens[:count] == prompts[0][:count] for tokens in prompts) and count < min(map(len, prompts))
+    longer = [tuple(tokens[: count + 1]) for tokens in prompts]
+    assert count + 1 == min(map(len, prompts)) or len(set(longer)) > 1
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_what_runs_once_is_the_same(load: Load, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(family)
+    found = opening_of(model, HARMLESS)
+    assert found.once
+    layers = len(model.stream.layers)
+    dials = Dials(torch.full((layers, 2), 0.7), torch.stack([pico.unit(seed=layer) for layer in range(layers)]))
+    whole = Opening(model, False)
+    ways = [Trial(each, DATA, whole.first_logits(HARMLESS, SILENT, "base")) for each in (whole, found)]
+    first, second = (trial.pull(dials, ([0, 2, 4], [1, 2, 3]), 4.0, directions=True) for trial in ways)
+    assert first.losses == pytest.approx(second.losses, rel=1e-4)
+    torch.testing.assert_close(first.strengths, second.strengths, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(first.directions, second.directions, rtol=1e-3, atol=1e-5)
+    effects = [trial.effect(dials) for trial in ways]
+    assert effects[0].refused == effects[1].refused and effects[0].kl == pytest.approx(effects[1].kl, rel=1e-3)
+    passed: list[torch.Size] = []
+    with Dialled(model.stream, dials).applied():
+        handle = model.stream.layers[0].register_forward_pre_hook(lambda _m, args: passed.append(args[0].shape))
+        found.logits(HARMFUL)
+        handle.remove()
+    longest = max(map(len, HARMFUL))
+    assert [tuple(shape[:2]) for shape in passed] == [(1, len(START)), (len(HARMFUL), longest - len(START))]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "zamba"])
+def test_other_layers_run_whole(load: Load, family: str) -> None:
+    assert not opening_of(load(family), HARMLESS).once
+
+
+def test_a_model_that_makes_something_else_of_it_runs_whole(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    continued = opening._continued
+    monkeypatch.setattr(opening, "_continued", lambda *a: continued(*a) * 1.2)
+    assert not opening_of(load(), HARMLESS).once
+
+
+def test_where_there_is_nothing_to_gain(load: Load) -> None:
+    assert not opening_of(load(memory="streamed"), HARMLESS).once
+    short = [[*START[: LEAST - 1], 1, 2], [*START[: LEAST - 1], 3, 4]]
+    assert not opening_of(load(), short).once and not opening_of(load(), HARMLESS[:1]).once
+    model = load()
+    torch.testing.assert_close(Opening(model, True).logits(short), model.logits(short), rtol=0, atol=0)
