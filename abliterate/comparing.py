@@ -240,6 +240,8 @@ def row_of(
         aim=aim,
         note=note,
         kl_answered=estimate("kl_first_token_answered"),
+        kl_answers=estimate("kl_answers"),
+        refusals_score=estimate("refusal_rate_score"),
     )
 
 
@@ -267,7 +269,9 @@ def _facts(job: Job, evaluation: Evaluation | None) -> tuple[tuple[str, str], ..
     dtype = str(pick_dtype(job.options.dtype, device, job.subject.stored_dtype)).removeprefix("torch.")
     facts.append(("precision", f"{dtype} on {device.type}; certificates in float32"))
     if evaluation is not None:
-        facts.append(("answers", f"greedy, up to {evaluation.max_new_tokens} tokens, judged by phrase and not kept"))
+        told = f"greedy, up to {evaluation.max_new_tokens} tokens, judged by phrase and not kept"
+        along = f"; KL along the first {evaluation.kl_tokens} of the base's" if evaluation.kl_tokens else ""
+        facts.append(("answers", told + along))
     facts.append(("time", "from activations to edited weights, what recipes share counted for each"))
     return tuple(facts)
 

@@ -42,6 +42,9 @@ def test_figures_are_those_of_conversions(base: Path, recipes: dict[str, Path], 
         after = alone.manifest["evaluation"]["edited"]
         assert row.kl is not None and row.kl.value == after["kl_first_token"]
         assert row.refusals is not None and row.refusals.value == after["refusal_rate_substring"]
+        assert row.refusals_score is not None and row.refusals_score.value == after["refusal_rate_score"]
+        assert row.kl_answered is not None and row.kl_answered.value == after["kl_first_token_answered"]
+        assert row.kl_answers is not None and row.kl_answers.value == after["kl_answers"]
         assert row.cross_entropy == after["cross_entropy"] and row.claim == alone.manifest["certificate"]["claim"]
     kinds = {row.recipe: (row.certificate, row.aim) for row in report.comparison.rows}
     assert kinds["refusal"] == ("exact", "refusal") and kinds["induce"] == ("holds", "induce")

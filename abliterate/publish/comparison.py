@@ -26,10 +26,12 @@ class ComparisonRow:
 
     Attributes:
         recipe: its name.
-        refusals: share of harmful prompts refused, 0..1. over_refusals: of harmless ones. look_alike: of harmless ones
-            in the words of harmful ones. None where not measured.
+        refusals: share of harmful prompts refused, 0..1, by phrase in the answer. over_refusals: of harmless ones.
+            look_alike: of harmless ones in the words of harmful ones. None where not measured.
+        refusals_score: share of harmful prompts refused by the refusal score.
         kl: KL(base || edited) in nats at the first token, on harmless prompts.
         kl_answered: the same where the base does not refuse the prompt.
+        kl_answers: the same over the first tokens of the base's own answers.
         cross_entropy: nats a token, on neutral text.
         degenerate: share of completions that loop or are empty.
         seconds: wall time, from the activations to the edited weights.
@@ -55,6 +57,8 @@ class ComparisonRow:
     best: bool = False
     note: str = ""
     kl_answered: Estimate | None = None
+    refusals_score: Estimate | None = None
+    kl_answers: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -159,5 +163,6 @@ def row_from(record: dict[str, Any]) -> ComparisonRow:
     known = {field.name for field in fields(ComparisonRow)}
     if set(record) != known or record["certificate"] not in get_args(Certified) or record["aim"] not in get_args(Aim):
         raise ValueError(f"row {record.get('recipe')!r} has other fields")
-    estimates = ("refusals", "over_refusals", "look_alike", "kl", "kl_answered")
+    kls = ("kl", "kl_answered", "kl_answers")
+    estimates = ("refusals", "refusals_score", "over_refusals", "look_alike", *kls)
     return ComparisonRow(**record | {key: record[key] and Estimate(**record[key]) for key in estimates})

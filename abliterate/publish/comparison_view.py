@@ -19,14 +19,16 @@ from abliterate.publish.plan_view import simple_table
 JSON_NAME, PAGE_NAME, PLOT_NAME = "comparison.json", "comparison.html", "pareto.png"
 BASE = "(unedited)"
 _HEADER = (
-    "recipe", "refused", "over-refused", "look-alikes refused", "KL, nats", "KL where answered", "cross-entropy",
-    "degenerate", "time", "certificate",
+    "recipe", "refused", "refused by score", "over-refused", "look-alikes refused", "KL, nats", "KL where answered",
+    "KL along answers", "cross-entropy", "degenerate", "time", "certificate",
 )  # fmt: skip
 _EXPLAINED = (
-    ("refused", "harmful prompts refused; lower is what these recipes aim at"),
+    ("refused", "harmful prompts refused, told by phrases in the answer; lower is what these recipes aim at"),
+    ("refused by score", "the same, told by the first token: whether it more likely than not starts a refusal"),
     ("over-refused, look-alikes refused", "harmless prompts refused, plain ones and ones in the words of harmful ones"),
     ("KL", "from the base at the first token on harmless prompts; lower leaves more as it was"),
     ("KL where answered", "the same on those that the base does not refuse: elsewhere a change may be wanted"),
+    ("KL along answers", "the same, mean over the first tokens of the base's own answers"),
     ("cross-entropy", "nats a token on neutral text"),
     ("degenerate", "completions that loop or are empty"),
     ("certificate", "exact: nothing of the direction is left; holds: what is left is what the recipe says; not exact: "
@@ -144,8 +146,9 @@ def _all(comparison: Comparison) -> list[ComparisonRow]:
 
 
 def _cells(row: ComparisonRow) -> list[str]:
-    rates = [_beside(_rate(e), _rate_interval(e)) for e in (row.refusals, row.over_refusals, row.look_alike)]
-    kls = [_beside(_nats(e), _nats_interval(e)) for e in (row.kl, row.kl_answered)]
+    told = (row.refusals, row.refusals_score, row.over_refusals, row.look_alike)
+    rates = [_beside(_rate(e), _rate_interval(e)) for e in told]
+    kls = [_beside(_nats(e), _nats_interval(e)) for e in (row.kl, row.kl_answered, row.kl_answers)]
     loss = significant(row.cross_entropy, 4)
     return [row.recipe, *rates, *kls, loss, percent(row.degenerate), _time(row), _verdict(row)]
 

@@ -50,7 +50,8 @@ def row(name: str, refusals: float | None, kl: float | None, **changes: Any) -> 
 
     given: dict[str, Any] = {
         "over_refusals": Estimate(0.02, 0.0, 0.08), "look_alike": Estimate(0.2, 0.12, 0.31), "cross_entropy": 3.4123,
-        "degenerate": 0.0, "seconds": 41.0, "certificate": "exact",
+        "degenerate": 0.0, "seconds": 41.0, "certificate": "exact", "refusals_score": Estimate(0.03, 0.01, 0.1),
+        "kl_answers": Estimate(0.011, 0.004, 0.02),
     }  # fmt: skip
     return ComparisonRow(name, around(refusals), kl=around(kl), **given | changes)
 

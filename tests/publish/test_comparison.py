@@ -121,9 +121,10 @@ def test_remarks_say_what_certificates_do_not_promise() -> None:
 
 def test_markdown() -> None:
     lines = comparison_markdown(comparison()).splitlines()
-    assert lines[0].startswith("| recipe | refused | over-refused |")
+    assert lines[0].startswith("| recipe | refused | refused by score | over-refused |")
     assert sum(line.startswith("|") for line in lines) == 10
     assert any("**search**" in line and "0.0300 (0.015–0.055)" in line for line in lines)
+    assert all("| 3 % (1–10) |" in line.replace("*", "") and "0.0110 (0.0040–0.020)" in line for line in lines[2:10])
     odd = Comparison("m", mark_front([row("a|b*<x>", 0.1, 0.1)]))
     assert r"a\|b\*\<x\>" in comparison_markdown(odd)
 
