@@ -40,7 +40,7 @@ class SearchSettings:
     max_strength: float = 1.5
     start: float = 0.2
     margin: float = 1.0
-    prompts: int = 32
+    prompts: int = 16
     rate: float = 0.1
     direction_rate: float = 0.05
     optimise_directions: bool = True

@@ -127,8 +127,9 @@ def served(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The tables, as docs/serving.md has them."""
-    reports = [each for found in terminalreporter.stats.values() for each in found if hasattr(each, "user_properties")]
-    recorded = [pair for report in reports if report.when == "call" for pair in report.user_properties]
+    reports = [each for found in terminalreporter.stats.values() for each in found]
+    calls = [each for each in reports if isinstance(each, pytest.TestReport) and each.when == "call"]
+    recorded = [pair for report in calls for pair in report.user_properties]
     for name, title in TABLES.items():
         rows = [row for key, row in recorded if key == name]
         if rows:
