@@ -7,11 +7,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from abliterate.checkpoint.client import client_bars
 from abliterate.hub.explain import client_log, explained
 from abliterate.hub.parcel import CARD, Item, Parcel, Placed, checked, pack
 from abliterate.hub.repository import Destination, Repository, look, page_of, prepare
 from abliterate.hub.sending import Sender
-from abliterate.hub.upload import Landed, Upload, client_bars, message_of
+from abliterate.hub.upload import Landed, Upload, message_of
 from abliterate.progress import SILENT, Progress
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 
 from abliterate.checkpoint.allowance import Thing
+from abliterate.checkpoint.client import snapshot
 from abliterate.checkpoint.files import OTHER_WEIGHTS
 from abliterate.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from abliterate.checkpoint.keeper import Check, go_on
@@ -98,9 +99,8 @@ def gather(remote: Remote, place: Path) -> None:
         CheckpointError: something cannot be fetched.
     """
     with explained(remote.model_id, remote.commit):
-        ignored = [*OTHER_WEIGHTS, SHARDS]
-        small = huggingface_hub.snapshot_download(remote.model_id, revision=remote.commit, ignore_patterns=ignored)
-        for path in sorted(Path(str(small)).rglob("*")):
+        small = snapshot(remote.model_id, remote.commit, [*OTHER_WEIGHTS, SHARDS])
+        for path in sorted(small.rglob("*")):
             if path.is_file() and path.suffix != ".safetensors":
                 target = place / path.relative_to(small)
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from abliterate.checkpoint.client import snapshot
 from abliterate.checkpoint.crew import StoppedError
 from abliterate.checkpoint.files import HOW_TO_CONVERT, OTHER_WEIGHTS
 from abliterate.checkpoint.keeper import Keeper
@@ -105,8 +106,7 @@ def whole(model: str, revision: str | None = None) -> Source:
     log.info("fetching %s%s", model_id, f"@{wanted}" if wanted else "")
     with explained(model_id, wanted):
         check_room(model_id, wanted)
-        found = huggingface_hub.snapshot_download(model_id, revision=wanted, ignore_patterns=list(OTHER_WEIGHTS))
-    folder = Path(str(found))
+        folder = snapshot(model_id, wanted, OTHER_WEIGHTS)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{model_id} has no safetensors weights on the Hub; {HOW_TO_CONVERT}")
     return Source(folder, model_id, wanted, folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None)

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from abliterate.checkpoint.berths import Berths
+from abliterate.checkpoint.client import client_bars
 from abliterate.checkpoint.locate import Source
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.hub.outbox import Outbox
 from abliterate.hub.parcel import Item, Parcel, item_of, pack
 from abliterate.hub.repository import Repository
-from abliterate.hub.upload import Landed, Upload, client_bars, message_of
+from abliterate.hub.upload import Landed, Upload, message_of
 from abliterate.progress import Progress, unseen
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from abliterate.checkpoint.allowance import Allowance
 from abliterate.checkpoint.berths import Berths
+from abliterate.checkpoint.client import client_bars
 from abliterate.checkpoint.elsewhere import write_note
 from abliterate.checkpoint.files import files_in
 from abliterate.checkpoint.locate import Source
@@ -19,7 +20,7 @@ from abliterate.hub.explain import how_to_remove
 from abliterate.hub.outbox import Outbox
 from abliterate.hub.parcel import Item, Parcel, Placed, item_of, pack
 from abliterate.hub.repository import Repository
-from abliterate.hub.upload import Landed, Upload, client_bars, message_of
+from abliterate.hub.upload import Landed, Upload, message_of
 from abliterate.hub.workbranch import WorkBranch
 from abliterate.progress import Progress, unseen
 

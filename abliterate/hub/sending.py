@@ -8,6 +8,7 @@ from typing import Protocol
 
 from abliterate.checkpoint.allowance import Allowance
 from abliterate.checkpoint.berths import Berths
+from abliterate.checkpoint.client import client_bars
 from abliterate.checkpoint.locate import Source
 from abliterate.checkpoint.rewrite import ShardRecord
 from abliterate.checkpoint.workfolder import WorkFolder
@@ -16,7 +17,7 @@ from abliterate.hub.explain import client_log
 from abliterate.hub.ferry import Ferry
 from abliterate.hub.parcel import Parcel
 from abliterate.hub.repository import Repository
-from abliterate.hub.upload import Landed, Upload, client_bars
+from abliterate.hub.upload import Landed, Upload
 from abliterate.hub.workbranch import WorkBranch
 from abliterate.progress import Progress
 

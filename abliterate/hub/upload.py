@@ -10,15 +10,9 @@ hash first and finds it. One `create_commit` then names them all.
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
-from huggingface_hub.utils import (  # type: ignore[attr-defined]
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
 
 from abliterate.checkpoint.patience import is_transport, patiently, status_of
 from abliterate.errors import HubError
@@ -231,16 +225,3 @@ def _refuse_changed(items: Iterable[Item]) -> None:
     changed = next((item for item in items if item.changed), None)
     if changed is not None:
         raise HubError(f"{changed.path} has changed while it was pushed; {AGAIN}")
-
-
-@contextmanager
-def client_bars(shown: bool) -> Iterator[None]:
-    """The Hub client's progress bars, or none, while this lasts."""
-    before = are_progress_bars_disabled()
-    if not shown:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not before:
-            enable_progress_bars()

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import are_progress_bars_disabled
 from picocheckpoint import write
 
 from abliterate.checkpoint.files import OTHER_WEIGHTS
@@ -31,10 +33,12 @@ class Hub:
         self.folder = folder
         self.asked: list[tuple[str, Any]] = []
         self.error: Exception | None = None
+        self.bars: list[bool] = []
 
     def snapshot_download(self, model: str, *, revision: str | None, ignore_patterns: list[str]) -> str:
         assert ignore_patterns == list(OTHER_WEIGHTS)
         self.asked.append((model, revision))
+        self.bars.append(not are_progress_bars_disabled())
         if self.error is not None:
             raise self.error
         return str(self.folder)
@@ -70,6 +74,17 @@ def test_a_folder_wins(tmp_path: Path, hub: Hub, name: str) -> None:
 def test_hub_ids(hub: Hub, model: str, revision: str | None, wanted: str | None) -> None:
     assert resolve(model, revision) == Source(hub.folder, "org/name", wanted, COMMIT)
     assert hub.asked == [("org/name", wanted)]
+
+
+def test_bars_of_the_client_are_for_terminals(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        resolve("org/name")
+    assert hub.bars == [True, False] and not are_progress_bars_disabled()
+    hub.error = LocalEntryNotFoundError("offline")
+    with pytest.raises(CheckpointError):
+        resolve("org/name")
+    assert not are_progress_bars_disabled()
 
 
 def test_a_folder_that_is_no_snapshot_has_no_commit(hub: Hub, tmp_path: Path) -> None:
