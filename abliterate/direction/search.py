@@ -2,8 +2,9 @@
 
 One strength for the attention and one for the mlp writers of every layer, and a direction for each layer, are improved
 against mean softplus(refusal score + margin) on harmful prompts plus a weight times mean KL(base || edited) on
-harmless ones. Several weights in turn, each from where the one before it ended, give the whole front. Every few steps
-the edit is measured on validation prompts; only what was measured there can be picked.
+harmless ones. Several weights in turn, each from where the one before it ended, give the whole front; where none of its
+points has few enough refusals, the last weight is halved, and halved again. Every few steps the edit is measured on
+validation prompts; only what was measured there can be picked.
 """
 
 import logging
@@ -27,6 +28,9 @@ from abliterate.progress import SILENT, Progress
 from abliterate.stages import NO_STAGES, Once, Stages
 
 log = logging.getLogger(__name__)
+
+Plan = Sequence[tuple[float, int]]
+"""Weights of KL, and how many steps to take with each before a point is measured."""
 
 HALVED_AFTER = 16
 """Steps after which a step is half as large as the first: of one size they go round what they should come to."""
@@ -97,11 +101,17 @@ def search(
         points = try_curves(untouched[1], units, settings, progress, stages)
         each = untouched[1]().prompts + untouched[1]().answered
         return result_of(points, settings.most_refused, len(points) * each + len(validation.harmless))
-    states = _descend(untouched, _start(directions, settings), settings, progress, stages)
-    told = stages.stage("search: answers", Told, lambda: _told(untouched[1](), states, progress))
-    points = [_point(state, effect) for state, effect in zip(states, told.effects, strict=True)]
+    state, points = _start(directions, settings), list[Point]()
+    for number, plan in enumerate(_plans(settings), 1):
+        if number > 1 and any(point.refusal <= settings.most_refused for point in points):
+            break
+        states = _descend(untouched, state, plan, settings, progress, stages)
+        make = lambda states=states: _told(untouched[1](), states, progress)  # noqa: E731
+        told = stages.stage(f"search: answers {number}", Told, make)
+        points += [_point(state, effect) for state, effect in zip(states, told.effects, strict=True)]
+        state = states[-1] if states else state
     answered = len(points) * (len(validation.harmful) if settings.new_tokens else 0)
-    passes = (states[-1].passes if states else 0) + answered + len(train.harmless) + len(validation.harmless)
+    passes = state.passes + answered + len(train.harmless) + len(validation.harmless)
     return result_of(points, settings.most_refused, passes)
 
 
@@ -119,13 +129,14 @@ def _point(state: State, effect: Effect) -> Point:
 def _descend(
     untouched: tuple[Once[Trial], Once[Trial]],
     state: State,
+    plan: Plan,
     settings: SearchSettings,
     progress: Progress,
     stages: Stages,
 ) -> list[State]:
     """Every state that was measured."""
     states: list[State] = []
-    for weight, steps in _plan(settings):
+    for weight, steps in plan:
         name = f"search: steps {state.step + 1} to {state.step + steps}"
         make = lambda state=state, weight=weight, steps=steps: _advance(  # noqa: E731
             untouched, state, weight, steps, settings, progress
@@ -169,13 +180,19 @@ def _start(directions: Tensor, settings: SearchSettings) -> State:
     return State(0, settings.kl_weights[0], strengths, units, moments, None, 0)
 
 
-def _plan(settings: SearchSettings) -> Iterator[tuple[float, int]]:
-    """Weights, and how many steps to take before the next point is measured."""
-    for number, weight in enumerate(settings.kl_weights):
-        left = settings.further_steps if number else settings.steps
-        while left > 0:
-            yield weight, min(left, settings.measure_every)
-            left -= settings.measure_every
+def _plans(settings: SearchSettings) -> Iterator[Plan]:
+    """What is done anyway; then, each where all before came to no point with few enough refusals, KL at less weight."""
+    weights, every = settings.kl_weights, settings.measure_every
+    steps = [settings.further_steps if number else settings.steps for number in range(len(weights))]
+    yield [part for weight, count in zip(weights, steps, strict=True) for part in _parts(weight, count, every)]
+    for number in range(1, settings.relents + 1):
+        yield list(_parts(weights[-1] / 2**number, 2 * every, every))
+
+
+def _parts(weight: float, steps: int, every: int) -> Iterator[tuple[float, int]]:
+    """A weight, and how many steps to take before the next point is measured."""
+    for done in range(0, steps, every):
+        yield weight, min(every, steps - done)
 
 
 def _advance(

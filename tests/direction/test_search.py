@@ -30,7 +30,7 @@ TOKENS = (5, 9, 17)
 TRAIN = Validation(random_prompts(6, seed=1), random_prompts(6, seed=2), TOKENS)
 HELD_OUT = Validation(random_prompts(4, seed=3), random_prompts(5, seed=4), TOKENS)
 SETTINGS = SearchSettings(
-    steps=4, further_steps=2, kl_weights=(1.0, 5.0), measure_every=2, prompts=4, margin=6.0, new_tokens=0
+    steps=4, further_steps=2, kl_weights=(1.0, 5.0), measure_every=2, prompts=4, margin=6.0, new_tokens=0, relents=0
 )
 Load = Callable[..., LanguageModel]
 
@@ -105,6 +105,22 @@ def test_what_it_gives(load: Load) -> None:
     # steps of 4 and 4 prompts, forward and backward, three measurements and the baselines
     assert result.passes == 6 * 3 * 8 + 3 * 9 + 6 + 5
     assert same(result, decode(SearchResult, encode(result)))
+
+
+def test_where_too_much_is_refused_kl_weighs_less(load: Load) -> None:
+    """Two points at half of the last weight and two at a quarter, unless one before has few enough refusals."""
+    never, enough = (replace(SETTINGS, relents=2, most_refused=most) for most in (-1.0, 1.0))
+    result = run(load(), never)
+    weights = [(2, 1.0), (4, 1.0), (6, 5.0), (8, 2.5), (10, 2.5), (12, 1.25), (14, 1.25)]
+    assert [(p.step, p.weight) for p in result.points] == weights and "no point has" in result.reason
+    assert result.passes == 14 * 3 * 8 + 7 * 9 + 6 + 5
+    assert same(run(load(), enough), run(load(), replace(enough, relents=0)))
+    for done in (4, 6, 8):
+        stages = Kept(stop=done)
+        with pytest.raises(KeyboardInterrupt):
+            run(load(), never, stages=stages)
+        stages.stop = None
+        assert same(run(load(), never, stages=stages), result)
 
 
 def test_bounds_hold(load: Load) -> None:
