@@ -40,7 +40,7 @@ class SearchSettings:
     kl_weights: tuple[float, ...] = (5.0, 20.0)
     max_strength: float = 1.5
     start: float = 0.2
-    margin: float = 2.0
+    margin: float = 3.0
     prompts: int = 16
     rate: float = 0.1
     direction_rate: float = 0.05
