@@ -48,6 +48,7 @@ def search_settings(recipe: SearchRecipe) -> SearchSettings:
         steps=recipe.steps,
         further_steps=recipe.further_steps,
         kl_weights=recipe.kl_weights,
+        margin=recipe.margin,
         max_strength=recipe.max_strength,
         optimise_directions=recipe.directions,
         trials=recipe.trials,

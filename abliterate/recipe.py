@@ -90,6 +90,7 @@ class SearchRecipe:
     steps: int = field(default=4, metadata=_range(1, 1000))
     further_steps: int = field(default=20, metadata=_range(0, 1000))
     kl_weights: tuple[float, ...] = field(default=(5.0, 20.0), metadata=_range(0.0, 1e6))
+    margin: float = field(default=3.0, metadata=_range(0.0, 100.0))
     trials: int = field(default=24, metadata=_range(1, 100_000))
     max_strength: float = field(default=1.5, metadata=_range(0.01, 2.0))
     directions: bool = True

@@ -1,5 +1,6 @@
 """From what a selection and a search gave to what is removed."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,14 +8,15 @@ import pytest
 import torch
 
 from abliterate import picking
+from abliterate.cutting import search_settings
 from abliterate.direction.means import Directions, Mean
-from abliterate.direction.points import Point, SearchResult
+from abliterate.direction.points import Point, SearchResult, SearchSettings
 from abliterate.direction.refusal_tokens import RefusalTokens
 from abliterate.direction.screening import Selection
 from abliterate.direction.selection import Candidate, Choice
 from abliterate.picking import Picking
 from abliterate.progress import SILENT
-from abliterate.recipe import load_recipe
+from abliterate.recipe import SearchRecipe, load_recipe
 from abliterate.stages import NO_STAGES
 from tests import pico
 
@@ -65,3 +67,12 @@ def test_a_search_knows_what_refusals_fall_back_on(directions: Directions, monke
     torch.testing.assert_close(given[1], torch.stack([directions.unit(-1, layer) for layer in (1, 2, 2)]))
     assert found.search is not None and found.search.points[0].kl == 0.01
     assert torch.equal(found.cut.bases[1:, 0], point.directions) and found.cut.strengths.unique().numel() == 1
+
+
+def test_every_key_of_the_search_reaches_it() -> None:
+    assert search_settings(SearchRecipe()) == SearchSettings(), "both have the same defaults"
+    told = SearchRecipe("optuna", 3, 2, (1.5, 2.0), 0.5, 5, 0.7, False, 0.1)
+    renamed = {"directions": "optimise_directions", "refusals": "most_refused"}
+    wanted = {renamed.get(key, key): value for key, value in asdict(told).items()}
+    found = asdict(search_settings(told))
+    assert {key: found[key] for key in wanted} == wanted

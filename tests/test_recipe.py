@@ -101,8 +101,8 @@ selection: {max_layer_fraction: 1, max_kl: 2.5, min_induce: -1, strict: true, ex
 edit: {head: tied, directions: one, count: 1, span: pairs, strength: 0.5, strengths: curve, embeddings: kept,
   norms: kept, attention: {peak: 0.1, at: 0.2, floor: 0.3, reach: 0.4},
   mlp: {peak: 0.1, at: 0.2, floor: 0.3, reach: 0.4}}
-search: {method: optuna, steps: 3, further_steps: 2, kl_weights: [1.5, 2], trials: 5, max_strength: 0.7,
-  directions: false, refusals: 0.1}
+search: {method: optuna, steps: 3, further_steps: 2, kl_weights: [1.5, 2], margin: 0.5, trials: 5,
+  max_strength: 0.7, directions: false, refusals: 0.1}
 evaluation: {max_new_tokens: 7, kl_tokens: 3}
 """
 
