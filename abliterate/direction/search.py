@@ -101,7 +101,21 @@ def search(
         points = try_curves(untouched[1], units, settings, progress, stages)
         each = untouched[1]().prompts + untouched[1]().answered
         return result_of(points, settings.most_refused, len(points) * each + len(validation.harmless))
-    state, points = _start(directions, settings), list[Point]()
+    points, passes = _found(untouched, _start(directions, settings), settings, progress, stages)
+    answered = len(points) * (len(validation.harmful) if settings.new_tokens else 0)
+    passes += answered + len(train.harmless) + len(validation.harmless)
+    return result_of(points, settings.most_refused, passes)
+
+
+def _found(
+    untouched: tuple[Once[Trial], Once[Trial]],
+    state: State,
+    settings: SearchSettings,
+    progress: Progress,
+    stages: Stages,
+) -> tuple[list[Point], int]:
+    """All points that were measured, and how many prompts went through the model for them before they were answered."""
+    points: list[Point] = []
     for number, plan in enumerate(_plans(settings), 1):
         if number > 1 and any(point.refusal <= settings.most_refused for point in points):
             break
@@ -110,9 +124,7 @@ def search(
         told = stages.stage(f"search: answers {number}", Told, make)
         points += [_point(state, effect) for state, effect in zip(states, told.effects, strict=True)]
         state = states[-1] if states else state
-    answered = len(points) * (len(validation.harmful) if settings.new_tokens else 0)
-    passes = state.passes + answered + len(train.harmless) + len(validation.harmless)
-    return result_of(points, settings.most_refused, passes)
+    return points, state.passes
 
 
 def _told(validation: Trial, states: Sequence[State], progress: Progress) -> Told:
