@@ -52,5 +52,5 @@ def gemma() -> Path:
 
 @pytest.fixture(scope="session")
 def converted(subject: Path, tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    """The subject through the whole command line, with everything at its default."""
+    """The subject through the whole command line; see `converted_once`."""
     return converted_once(subject, tmp_path_factory)
