@@ -87,7 +87,7 @@ def test_the_screened_pick_is_the_exhaustive_one(subject: Path, tmp_path: Path) 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are the system's own")
 def test_streamed_under_a_limit_the_direction_is_the_same(subject: Path, tmp_path: Path) -> None:
     """The limit alone has it streamed, and it stays far below what the weights take."""
-    few, words = (8, 2, 1), ("--dtype", "float32")
+    few, words = (12, 3, 1), ("--dtype", "float32")
     streamed = find(subject, tmp_path / "streamed", *words, prompts=few, limit=LIMIT)
     assert "streamed through memory layer by layer" in streamed.said
     resident = find(subject, tmp_path / "resident", *words, "--memory", "resident", prompts=few)
