@@ -1,6 +1,6 @@
 """Pico models in memory, reached as the tool reaches them, and byte-level tokenizers for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from abliterate.calibration.hooks import Stream
 from abliterate.calibration.model import LanguageModel
 
+Load = Callable[..., LanguageModel]
+"""Gives a model of a family: see `load` in direction/conftest.py."""
 VOCABULARY, HIDDEN = 97, 24
 END = 3
 

@@ -179,6 +179,7 @@ class LanguageModel:
         progress: Progress = SILENT,
         description: str = "forward",
         inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        logits: Callable[[Sequence[Tokens]], Tensor] | None = None,
     ) -> Iterator[Batch]:
         """Runs every prompt once, batch by batch; each batch says which prompts it holds.
 
@@ -188,28 +189,36 @@ class LanguageModel:
             positions: P, how many positions from the end to keep the layers' inputs at.
             progress: where the bar goes, titled `description`.
             inside: entered by each batch's own pass, for hooks that act on the pass that set them.
+            logits: makes those of a batch [prompts, vocabulary], in place of the method of this name.
         """
         batches = list(self.batches(prompts, steers))
         calls: list[Call[Batch]] = []
         for rows in batches:
             chosen = [steers[i] for i in rows] if steers else []
-            run_one = partial(self._run, rows, [prompts[i] for i in rows], chosen, positions, len(batches))
+            make = partial(logits or self.logits, [prompts[i] for i in rows])
+            lengths = torch.tensor([len(prompts[i]) for i in rows])
+            run_one = partial(self._run, rows, make, lengths, chosen, positions, len(batches))
             calls.append(partial(_within, inside, run_one))
         bar = Bar(progress, description, list(map(len, batches)))
         for _, batch in self.runner.run(calls, bar):
             yield batch
 
     def _run(
-        self, rows: list[int], prompts: Sequence[Tokens], steers: Sequence[Steer], positions: int, calls: int
+        self,
+        rows: list[int],
+        make: Call[Tensor],
+        lengths: Tensor,
+        steers: Sequence[Steer],
+        positions: int,
+        calls: int,
     ) -> Batch:
-        lengths = torch.tensor([len(tokens) for tokens in prompts])
         where = lengths[:, None] + torch.arange(-positions, 0)[None]
         with ExitStack() as stack:
             stack.enter_context(steered(self.stream, steers))
             layers = self.stream.layers if positions else ()
             keep = partial(self._keep, calls * len(layers))
             taken = stack.enter_context(capture_inputs(layers, where, self.stream.hidden_size, keep))
-            logits = self.logits(prompts)
+            logits = make()
         return Batch(rows, logits, stacked(taken, len(self.stream.layers)) if positions else None)
 
     def _keep(self, count: int, value: Tensor) -> Tensor:
@@ -240,7 +249,7 @@ class LanguageModel:
         progress: Progress = SILENT,
         description: str = "generate",
     ) -> list[list[list[int]]]:
-        """What `generate` gives inside of each of several contexts, all in one run."""
+        """What `generate` gives inside of each of several contexts, all in one run: by context, then by prompt."""
         completions: list[list[list[int]]] = [[[] for _ in prompts] for _ in insides]
         batches = [(which, rows) for which in range(len(insides)) for rows in self.batches(prompts)]
         bar = Bar(progress, description, [len(rows) for _, rows in batches], max_new_tokens)

@@ -6,21 +6,17 @@ all rows, results are those of whole prompts up to rounding, and so are gradient
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from abliterate.calibration.model import LanguageModel, Tokens, pad
-from abliterate.calibration.runner import Bar
 from abliterate.calibration.tour import run
 from abliterate.direction.score import kl_divergence
 from abliterate.errors import CalibrationError
-from abliterate.progress import SILENT, Progress
 
 log = logging.getLogger(__name__)
 
@@ -58,31 +54,6 @@ class Opening:
         """
         count = in_common(prompts) if self.once and len(prompts) > 1 else 0
         return self.model.logits(prompts) if count < LEAST else _continued(self.model, prompts, count)
-
-    def forward(
-        self,
-        prompts: Sequence[Tokens],
-        progress: Progress = SILENT,
-        description: str = "forward",
-        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Numbers of the prompts of each batch, and their logits."""
-        batches = list(self.model.batches(prompts))
-
-        def one(rows: list[int]) -> Tensor:
-            with inside():
-                return self.logits([prompts[i] for i in rows])
-
-        calls = [partial(one, rows) for rows in batches]
-        for number, logits in self.model.runner.run(calls, Bar(progress, description, list(map(len, batches)))):
-            yield batches[number], logits
-
-    def first_logits(self, prompts: Sequence[Tokens], progress: Progress, description: str) -> Tensor:
-        """[prompts, vocabulary] of the first token of each answer."""
-        gathered: dict[int, Tensor] = {}
-        for rows, logits in self.forward(prompts, progress, description):
-            gathered.update(zip(rows, logits.cpu(), strict=True))
-        return torch.stack([gathered[i] for i in range(len(prompts))])
 
 
 def opening_of(model: LanguageModel, prompts: Sequence[Tokens]) -> Opening:

@@ -29,7 +29,7 @@ class SearchSettings:
         optimise_directions: improve the directions along with the strengths.
         measure_every: steps between two measured points.
         most_refused: share of refusals that the pick may have.
-        relents: how often the last weight is halved, as long as no point has few enough refusals.
+        halvings: how often the last weight is halved, as long as no point has few enough refusals.
         trials: of optuna.
         new_tokens: of the answers that a measured point is told refusals by.
     """
@@ -47,7 +47,7 @@ class SearchSettings:
     optimise_directions: bool = True
     measure_every: int = 4
     most_refused: float = 0.05
-    relents: int = 2
+    halvings: int = 2
     trials: int = 24
     new_tokens: int = 32
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -126,8 +127,9 @@ class Trial:
         prompts = [*self.data.harmful, *self.data.harmless]
         scores, refused, divergences = [0.0] * count, [False] * count, [0.0] * (len(prompts) - count)
         applied = Dialled(self.model.stream, dials).applied
-        for rows, logits in self.opening.forward(prompts, progress, "search: effect", applied):
-            for row, last in zip(rows, logits, strict=True):
+        run = partial(self.model.forward, progress=progress, description="search: effect")
+        for batch in run(prompts, inside=applied, logits=self.opening.logits):
+            for row, last in zip(batch.rows, batch.logits, strict=True):
                 if row < count:
                     scores[row] = float(refusal_score(last, tokens))
                     refused[row] = scores[row] > 0 or int(last.argmax()) in tokens

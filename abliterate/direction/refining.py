@@ -20,6 +20,7 @@ from abliterate.calibration.model import LanguageModel, Tokens
 from abliterate.direction.descent import Moments, adam, gradients, rows_of, shares, tangent
 from abliterate.direction.opening import Opening, opening_of
 from abliterate.direction.score import kl_divergence, refusal_score
+from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT, Progress
 
 
@@ -99,7 +100,7 @@ class _Kept:
 def _kept(model: LanguageModel, aim: Aim, progress: Progress) -> _Kept:
     prompts = [*aim.harmful, *aim.harmless]
     opening = opening_of(model, prompts)
-    logits = opening.first_logits(prompts, progress, "refining: baseline")
+    logits = first_logits(model, prompts, progress, "refining: baseline", opening.logits)
     refused = (refusal_score(logits, aim.refusal_tokens) > 0).tolist()
     rows = [i for i in range(len(prompts)) if i < len(aim.harmful) or not refused[i]]
     return _Kept([prompts[i] for i in rows], logits[rows], opening)

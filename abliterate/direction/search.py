@@ -24,6 +24,7 @@ from abliterate.direction.score import refusal_score
 from abliterate.direction.scoring import Validation
 from abliterate.direction.trials import try_curves
 from abliterate.errors import SelectionError
+from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT, Progress
 from abliterate.stages import NO_STAGES, Once, Stages
 
@@ -175,7 +176,7 @@ def _untouched(
 ) -> Trial:
     """Harmless prompts that the model refuses are left out: to hold them would be to hold false refusals."""
     opening = opening_of(model, data.harmless)
-    base = opening.first_logits(data.harmless, progress, "search: baseline")
+    base = first_logits(model, data.harmless, progress, "search: baseline", opening.logits)
     answered = (refusal_score(base, data.refusal_tokens) <= 0).nonzero().flatten().tolist()
     if not answered:
         raise SelectionError("the model refuses every harmless prompt: no KL can be held against its refusals")
@@ -197,7 +198,7 @@ def _plans(settings: SearchSettings) -> Iterator[Plan]:
     weights, every = settings.kl_weights, settings.measure_every
     steps = [settings.further_steps if number else settings.steps for number in range(len(weights))]
     yield [part for weight, count in zip(weights, steps, strict=True) for part in _parts(weight, count, every)]
-    for number in range(1, settings.relents + 1):
+    for number in range(1, settings.halvings + 1):
         yield list(_parts(weights[-1] / 2**number, 2 * every, every))
 
 

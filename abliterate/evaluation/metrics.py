@@ -61,10 +61,20 @@ def evaluate_model(
     return Measured(found, harmless, answers)
 
 
-def first_logits(model: LanguageModel, prompts: Sequence[Tokens], progress: Progress, description: str) -> Tensor:
-    """Logits [prompts, vocabulary] of the first token of each answer."""
+def first_logits(
+    model: LanguageModel,
+    prompts: Sequence[Tokens],
+    progress: Progress,
+    description: str,
+    logits: Callable[[Sequence[Tokens]], Tensor] | None = None,
+) -> Tensor:
+    """Logits [prompts, vocabulary] of the first token of each answer.
+
+    Args:
+        logits: see `LanguageModel.forward`.
+    """
     gathered: dict[int, Tensor] = {}
-    for batch in model.forward(prompts, progress=progress, description=description):
+    for batch in model.forward(prompts, progress=progress, description=description, logits=logits):
         gathered.update(zip(batch.rows, batch.logits.cpu(), strict=True))
     return torch.stack([gathered[i] for i in range(len(prompts))])
 

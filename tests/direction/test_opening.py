@@ -1,41 +1,24 @@
 """Prompts that start alike: run once or whole, logits and gradients are the same."""
 
-import functools
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from abliterate.calibration.dials import Dialled, Dials
-from abliterate.calibration.model import LanguageModel
-from abliterate.checkpoint.locate import Source
 from abliterate.direction import opening
 from abliterate.direction.opening import LEAST, Opening, in_common, opening_of
 from abliterate.direction.pulls import Trial
 from abliterate.direction.scoring import Validation
+from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT
-from abliterate.subject import RunOptions, load_model, subject_at
 from tests import pico
-from tests.resident import random_prompts
+from tests.resident import Load, random_prompts
 
 START = [3, 77, 41, 90, 8, 19, 22]
 HARMFUL, HARMLESS = ([[*START, *tokens] for tokens in random_prompts(5, seed=seed)] for seed in (1, 2))
 DATA = Validation(HARMFUL, HARMLESS, (5, 9, 17))
 ATTENTION = ["llama", "gemma3_text", "gpt2", "mixtral", "opt"]
-Load = Callable[..., LanguageModel]
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    @functools.cache
-    def made(family: str = "llama", memory: str = "resident") -> LanguageModel:
-        folder = pico.save(tmp_path_factory.mktemp("opening") / "m", family)
-        subject = subject_at(Source(folder, None, None, None))
-        return load_model(subject, RunOptions(memory=memory, batch_size=3, dtype="float32"))
-
-    return made
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=5))
@@ -47,14 +30,14 @@ def test_what_prompts_have_in_common(prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("family", ATTENTION)
-def test_what_runs_once_is_the_same(load: Load, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_once_is_the_same(load: Load, family: str) -> None:
     model = load(family)
     found = opening_of(model, HARMLESS)
     assert found.once
     layers = len(model.stream.layers)
     dials = Dials(torch.full((layers, 2), 0.7), torch.stack([pico.unit(seed=layer) for layer in range(layers)]))
     whole = Opening(model, False)
-    ways = [Trial(each, DATA, whole.first_logits(HARMLESS, SILENT, "base")) for each in (whole, found)]
+    ways = [Trial(each, DATA, first_logits(model, HARMLESS, SILENT, "base")) for each in (whole, found)]
     first, second = (trial.pull(dials, ([0, 2, 4], [1, 2, 3]), 4.0, directions=True) for trial in ways)
     assert first.losses == pytest.approx(second.losses, rel=1e-4)
     torch.testing.assert_close(first.strengths, second.strengths, rtol=1e-3, atol=1e-5)

@@ -12,15 +12,14 @@ from torch.nn.functional import softplus
 
 from abliterate.calibration.dials import Dialled, Dials
 from abliterate.calibration.model import LanguageModel
-from abliterate.checkpoint.locate import Source
 from abliterate.direction.opening import Opening
 from abliterate.direction.pulls import Trial
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.direction.scoring import Validation
 from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT
-from abliterate.subject import RunOptions, load_model, subject_at
 from tests import pico
+from tests.resident import Load
 
 HARMFUL = [[7, 20, 33, 41, 90, 12, 55], [8, 9, 100, 101], [60, 61, 62, 63, 64, 65]]
 HARMLESS = [[9, 8, 7, 70, 71], [50] * 9, [12, 13, 14], [99, 98, 97, 96]]
@@ -30,12 +29,10 @@ Made = Callable[[str, str], Trial]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(load: Load) -> Made:
     @functools.cache
     def trial(family: str, memory: str) -> Trial:
-        folder = pico.save(tmp_path_factory.mktemp("pulls") / "m", family)
-        subject = subject_at(Source(folder, None, None, None))
-        model = load_model(subject, RunOptions(memory=memory, batch_size=2, dtype="float32"))
+        model = load(family, memory, batch_size=2)
         data = Validation(HARMFUL, HARMLESS, TOKENS)
         return Trial(Opening(model, False), data, first_logits(model, HARMLESS, SILENT, "base"))
 

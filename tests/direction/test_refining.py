@@ -1,8 +1,5 @@
 """A direction turned down its gradient: the gradient against measured slopes, and what a descent comes to."""
 
-import functools
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,30 +7,17 @@ from torch.nn.functional import softplus
 
 from abliterate.calibration.hooks import Steer
 from abliterate.calibration.model import LanguageModel, Tokens
-from abliterate.checkpoint.locate import Source
 from abliterate.direction.opening import Opening
 from abliterate.direction.refining import Aim, Descent, _Kept, _kept, _losses, _slope, refined
 from abliterate.direction.score import kl_divergence, refusal_score
 from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT
-from abliterate.subject import RunOptions, load_model, subject_at
 from tests import pico
+from tests.resident import Load
 
 ANSWERED = [[7, 20, 33, 41, 90, 12, 55], [8, 9, 100, 101], [60, 61, 62, 63, 64, 65]]
 KEPT = [[9, 8, 7, 70, 71], [50] * 9, [12, 13, 14], [99, 98, 97, 96]]
 AIM, DESCENT, STEP = Aim(ANSWERED, KEPT, [], (5, 9, 17)), Descent(margin=4.0, kl_weight=3.0), 2e-2
-Made = Callable[[str, str], LanguageModel]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    @functools.cache
-    def model(family: str, memory: str) -> LanguageModel:
-        folder = pico.save(tmp_path_factory.mktemp("refining") / "m", family)
-        subject = subject_at(Source(folder, None, None, None))
-        return load_model(subject, RunOptions(memory=memory, batch_size=2, dtype="float32"))
-
-    return model
 
 
 def logits(model: LanguageModel, prompts: list[Tokens], r: Tensor) -> Tensor:
@@ -50,8 +34,8 @@ def loss_at(model: LanguageModel, base: Tensor, r: Tensor, answered: list[int], 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
-def test_the_gradient_is_the_slope(made: Made, family: str, memory: str) -> None:
-    model, still = made(family, memory), made(family, "resident")
+def test_the_gradient_is_the_slope(load: Load, family: str, memory: str) -> None:
+    model, still = load(family, memory), load(family, "resident")
     base, rows, r = first_logits(still, KEPT, SILENT, "base"), ([0, 2], [1, 2, 3]), pico.unit(seed=3)
     kept = _Kept(KEPT, base, Opening(model, False))
     found = _slope(model, r, _losses(AIM, kept, rows, DESCENT))
@@ -63,8 +47,8 @@ def test_the_gradient_is_the_slope(made: Made, family: str, memory: str) -> None
         assert float(found @ towards.double()) == pytest.approx(measured, rel=2e-2, abs=1e-3)
 
 
-def test_a_descent_lowers_the_loss_on_the_sphere_the_same_in_every_run(made: Made) -> None:
-    model, start = made("llama", "resident"), pico.unit(seed=3)
+def test_a_descent_lowers_the_loss_on_the_sphere_the_same_in_every_run(load: Load) -> None:
+    model, start = load("llama", "resident"), pico.unit(seed=3)
     base, every = first_logits(model, KEPT, SILENT, "base"), (range(len(ANSWERED)), range(len(KEPT)))
     first, again = (refined(model, start, AIM, 8, DESCENT) for _ in range(2))
     assert len(first) == 8 and all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
@@ -75,8 +59,8 @@ def test_a_descent_lowers_the_loss_on_the_sphere_the_same_in_every_run(made: Mad
     assert float(first[-1] @ first[-2]) > float(first[1] @ first[0])
 
 
-def test_refusals_of_harmless_prompts_are_not_held(made: Made) -> None:
-    model = made("llama", "resident")
+def test_refusals_of_harmless_prompts_are_not_held(load: Load) -> None:
+    model = load("llama", "resident")
     base = first_logits(model, KEPT, SILENT, "base")
     likeliest = base[1].argsort(descending=True).tolist()
     several = (likeliest[:count] for count in range(1, len(likeliest)))
@@ -87,6 +71,6 @@ def test_refusals_of_harmless_prompts_are_not_held(made: Made) -> None:
     torch.testing.assert_close(held.logits, torch.cat((base, base[answered])), atol=1e-5, rtol=1e-4)
 
 
-def test_streamed_weights_give_the_same(made: Made) -> None:
-    held, streamed = (refined(made("llama", memory), pico.unit(seed=3), AIM, 3) for memory in ("resident", "streamed"))
+def test_streamed_weights_give_the_same(load: Load) -> None:
+    held, streamed = (refined(load("llama", memory), pico.unit(seed=3), AIM, 3) for memory in ("resident", "streamed"))
     torch.testing.assert_close(torch.stack(held), torch.stack(streamed), rtol=1e-3, atol=1e-4)

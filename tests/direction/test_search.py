@@ -1,6 +1,5 @@
 """The search on pico models: it goes downhill, goes on where it was interrupted, and gives the same every time."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from abliterate.calibration.dials import Dials
 from abliterate.calibration.model import LanguageModel
-from abliterate.checkpoint.locate import Source
 from abliterate.codec import decode, encode
 from abliterate.direction.opening import Opening
 from abliterate.direction.points import SearchResult, SearchSettings
@@ -22,28 +20,15 @@ from abliterate.direction.search import _untouched, search
 from abliterate.errors import SelectionError
 from abliterate.evaluation.metrics import first_logits
 from abliterate.progress import SILENT
-from abliterate.subject import RunOptions, load_model, subject_at
 from tests import pico
-from tests.resident import random_prompts
+from tests.resident import Load, random_prompts
 
 TOKENS = (5, 9, 17)
 TRAIN = Validation(random_prompts(6, seed=1), random_prompts(6, seed=2), TOKENS)
 HELD_OUT = Validation(random_prompts(4, seed=3), random_prompts(5, seed=4), TOKENS)
 SETTINGS = SearchSettings(
-    steps=4, further_steps=2, kl_weights=(1.0, 5.0), measure_every=2, prompts=4, margin=6.0, new_tokens=0, relents=0
+    steps=4, further_steps=2, kl_weights=(1.0, 5.0), measure_every=2, prompts=4, margin=6.0, new_tokens=0, halvings=0
 )
-Load = Callable[..., LanguageModel]
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    @functools.cache
-    def made(family: str = "llama", memory: str = "resident") -> LanguageModel:
-        folder = pico.save(tmp_path_factory.mktemp("search") / "m", family)
-        subject = subject_at(Source(folder, None, None, None))
-        return load_model(subject, RunOptions(memory=memory, batch_size=3, dtype="float32"))
-
-    return made
 
 
 def directions(layers: int = 3) -> Tensor:
@@ -109,12 +94,12 @@ def test_what_it_gives(load: Load) -> None:
 
 def test_where_too_much_is_refused_kl_weighs_less(load: Load) -> None:
     """Two points at half of the last weight and two at a quarter, unless one before has few enough refusals."""
-    never, enough = (replace(SETTINGS, relents=2, most_refused=most) for most in (-1.0, 1.0))
+    never, enough = (replace(SETTINGS, halvings=2, most_refused=most) for most in (-1.0, 1.0))
     result = run(load(), never)
     weights = [(2, 1.0), (4, 1.0), (6, 5.0), (8, 2.5), (10, 2.5), (12, 1.25), (14, 1.25)]
     assert [(p.step, p.weight) for p in result.points] == weights and "no point has" in result.reason
     assert result.passes == 14 * 3 * 8 + 7 * 9 + 6 + 5
-    assert same(run(load(), enough), run(load(), replace(enough, relents=0)))
+    assert same(run(load(), enough), run(load(), replace(enough, halvings=0)))
     for done in (4, 6, 8):
         stages = Kept(stop=done)
         with pytest.raises(KeyboardInterrupt):
