@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from abliterate import comparing
-from abliterate.comparing import compare
+from abliterate.comparing import compare, row_of
 from abliterate.conversion import convert
 from abliterate.errors import RecipeError
+from abliterate.evaluation.sets import Evaluation
+from abliterate.publish.comparison import Estimate
 from abliterate.recipe import Recipe, load_recipe
 from tests import pico
 from tests.commandline import names, run_here
@@ -30,6 +32,19 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def chosen(recipes: dict[str, Path], *wanted: str) -> list[Recipe]:
     return [load_recipe(str(recipes[name])) for name in wanted]
+
+
+def test_each_figure_has_its_place() -> None:
+    figures = {
+        "refusals": "refusal_rate_substring", "refusals_score": "refusal_rate_score",
+        "over_refusals": "over_refusal_rate_substring", "look_alike": "look_alike_refusal_rate_substring",
+        "kl": "kl_first_token", "kl_answered": "kl_first_token_answered", "kl_answers": "kl_answers",
+    }  # fmt: skip
+    values = {figure: 0.01 * number for number, figure in enumerate(figures.values(), 1)}
+    intervals = {figure: (value - 0.005, value + 0.005) for figure, value in values.items()}
+    row = row_of("refusal", Evaluation(1, 1, 1, intervals=intervals, **values), 1.0, "exact", "")
+    for place, figure in figures.items():
+        assert getattr(row, place) == Estimate(values[figure], *intervals[figure])
 
 
 def test_figures_are_those_of_conversions(base: Path, recipes: dict[str, Path], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abliterate.calibration.dials import Dialled, Dials
+from abliterate.calibration.dials import Dials
 from abliterate.direction import opening
 from abliterate.direction.opening import LEAST, Opening, in_common, opening_of
 from abliterate.direction.pulls import Trial
@@ -44,13 +44,16 @@ def test_what_runs_once_is_the_same(load: Load, family: str) -> None:
     torch.testing.assert_close(first.directions, second.directions, rtol=1e-3, atol=1e-5)
     effects = [trial.effect(dials) for trial in ways]
     assert effects[0].refused == effects[1].refused and effects[0].kl == pytest.approx(effects[1].kl, rel=1e-3)
-    passed: list[torch.Size] = []
-    with Dialled(model.stream, dials).applied():
-        handle = model.stream.layers[0].register_forward_pre_hook(lambda _m, args: passed.append(args[0].shape))
-        found.logits(HARMFUL)
-        handle.remove()
+    passed: list[tuple[int, ...]] = []
+    handle = model.stream.layers[0].register_forward_pre_hook(lambda _m, args: passed.append(tuple(args[0].shape[:2])))
+    found.logits(HARMFUL)
     longest = max(map(len, HARMFUL))
-    assert [tuple(shape[:2]) for shape in passed] == [(1, len(START)), (len(HARMFUL), longest - len(START))]
+    assert passed == [(1, len(START)), (len(HARMFUL), longest - len(START))]
+    passed.clear()
+    ways[1].effect(dials)
+    first_logits(model, HARMLESS, SILENT, "base", found.logits)
+    handle.remove()
+    assert passed.count((1, len(START))) == 3 + 2, "batches of three and two prompts; one alone runs whole"
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "zamba"])

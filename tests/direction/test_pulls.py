@@ -153,6 +153,8 @@ def test_refusals_are_told_by_the_answers_too(made: Made, memory: str) -> None:
     plain = trial.effect(dials)
     told, unedited = trial.with_answers([(dials, plain), (Dials(torch.zeros(3, 2), dials.directions), plain)])
     assert told == replace(plain, refused=tuple(expected.tolist())) and told != plain
+    all_refused = replace(plain, refused=(True,) * len(HARMFUL))
+    assert trial.with_answers([(dials, all_refused)]) == [all_refused], "by the first token they are"
     assert unedited.refused == tuple((untouched.argmax(-1) % 2 == 0).logical_or(torch.tensor(plain.refused)).tolist())
 
 
